@@ -1,24 +1,24 @@
 """Every error this package raises on purpose.
 
-    DataflowError
-    ├── ConfigError                 an argument, a model name or a pipeline file cannot be used
-    │   └── MissingExtraError       an optional library is not installed
-    ├── InputError                  a table, a row or a file of the user's cannot be used
-    │   └── ImageError              bytes that are not one whole, harmless picture
-    ├── CacheBusyError              another process writes to this cache folder
-    ├── StepError                   a step's table is missing or changed under the run
-    ├── ServingError                one batch failed; the class says what the engine should do
-    │   ├── RetryError              worth trying again as it is
-    │   │   └── WorkerDiedError     the process that held the batch is gone
-    │   ├── RateLimitError          the service asks to slow down, perhaps for a stated time
-    │   ├── OutOfMemoryError        the batch did not fit
-    │   ├── RefusedError            the model or its service declines: final
-    │   ├── BadRequestError         this request can never work on this serving
-    │   ├── BadOutputError          the model answered with something that is not an image
-    │   └── FatalServingError       nothing can work any more (wrong key, broken model): stop the run
-    └── RunStopped                  the run ended before its last row; everything finished is kept
-        ├── TooManyFailuresError
-        └── RunInterrupted          Ctrl-C; also a KeyboardInterrupt
+DataflowError
+├── ConfigError                 an argument, a model name or a pipeline file cannot be used
+│   └── MissingExtraError       an optional library is not installed
+├── InputError                  a table, a row or a file of the user's cannot be used
+│   └── ImageError              bytes that are not one whole, harmless picture
+├── CacheBusyError              another process writes to this cache folder
+├── StepError                   a step's table is missing or changed under the run
+├── ServingError                one batch failed; the class says what the engine should do
+│   ├── RetryError              worth trying again as it is
+│   │   └── WorkerDiedError     the process that held the batch is gone
+│   ├── RateLimitError          the service asks to slow down, perhaps for a stated time
+│   ├── OutOfMemoryError        the batch did not fit
+│   ├── RefusedError            the model or its service declines: final
+│   ├── BadRequestError         this request can never work on this serving
+│   ├── BadOutputError          the model answered with something that is not an image
+│   └── FatalServingError       nothing can work any more (wrong key, broken model): stop the run
+└── RunStoppedError                  the run ended before its last row; everything finished is kept
+    ├── TooManyFailuresError
+    └── RunInterruptedError          Ctrl-C; also a KeyboardInterrupt
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class FatalServingError(ServingError):
     reason = "fatal"
 
 
-class RunStopped(DataflowError):
+class RunStoppedError(DataflowError):
     """The run ended before its last row. Everything finished is kept; running again goes on from there.
 
     ``summary`` is the :class:`dataflow.types.Summary` of what was done.
@@ -187,11 +187,11 @@ class RunStopped(DataflowError):
         self.summary = summary
 
 
-class TooManyFailuresError(RunStopped):
+class TooManyFailuresError(RunStoppedError):
     """More than the allowed fraction of rows failed."""
 
 
-class RunInterrupted(RunStopped, KeyboardInterrupt):
+class RunInterruptedError(RunStoppedError, KeyboardInterrupt):
     """Ctrl-C."""
 
     exit_code: ClassVar[int] = 130

@@ -100,7 +100,7 @@ class GenerationResult:
         text: the answer of a serving that writes text.
         error: why there is nothing; its class says what the engine should do (:mod:`dataflow.errors`).
         usage: what the service counted (tokens, cost), stored with the record.
-        provenance: facts about this one call that belong into the file and the journal (device, batch size, actual size).
+        provenance: facts about this one call that belong into the file and the journal (device, batch size).
         seconds: time the request took, batch time shared among its members.
     """
 
@@ -223,7 +223,7 @@ class Serving(Protocol):
         return {}
 
     def check(self, request: GenerationRequest) -> None:
-        """Raise :class:`~dataflow.errors.BadRequestError` if this request can never work here; called before any work."""
+        """Raise :class:`~dataflow.errors.BadRequestError` if this request can never work here. No work yet."""
 
     def batch_key(self, request: GenerationRequest) -> Hashable:
         """Requests with equal keys may share a batch."""
@@ -237,7 +237,7 @@ class Serving(Protocol):
         """Load weights or open connections. Called once per worker, and only if there is work."""
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """One result per request, same order. Raise a :class:`~dataflow.errors.ServingError` if the batch failed whole."""
+        """One result per request, same order. A batch that failed whole raises a ServingError."""
         ...
 
     def cleanup(self) -> None:

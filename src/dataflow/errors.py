@@ -16,9 +16,9 @@ DataflowError
 │   ├── BadRequestError         this request can never work on this serving
 │   ├── BadOutputError          the model answered with something that is not an image
 │   └── FatalServingError       nothing can work any more (wrong key, broken model): stop the run
-└── RunStoppedError                  the run ended before its last row; everything finished is kept
+└── RunStoppedError             the run ended before its last row; everything finished is kept
     ├── TooManyFailuresError
-    └── RunInterruptedError          Ctrl-C; also a KeyboardInterrupt
+    └── RunInterruptedError     Ctrl-C; also a KeyboardInterrupt
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ class GenerationRequest:
         request_id: 32 hex digits, a hash of everything that makes the image what it is. File name and journal key.
         prompt: the text.
         images: absolute paths of input images in order; empty means text to image.
+        image_hashes: sha256 of each input file's bytes, as they were when the request was made.
         negative_prompt: what must not be seen, or None.
         seed: 0 ≤ seed < 2**63.
         size: (width, height) in pixels, or None for the model's own choice.
@@ -78,6 +79,7 @@ class GenerationRequest:
     request_id: str
     prompt: str
     images: tuple[str, ...] = ()
+    image_hashes: tuple[str, ...] = ()
     negative_prompt: str | None = None
     seed: int
     size: tuple[int, int] | None = None
@@ -204,12 +206,14 @@ class Serving(Protocol):
         concurrency: calls of :meth:`generate` that may be under way at once.
         image_io: where the images go; None for a serving that answers with text.
         images_per_prompt: how many images each prompt asks for.
+        timeout: seconds one call of :meth:`generate` may take; None for no limit.
     """
 
     batch_size: int = 1
     concurrency: int = 1
     image_io: ImageStore | None = None
     images_per_prompt: int = 1
+    timeout: float | None = None
 
     def fingerprint(self) -> Mapping[str, Any]:
         """What identifies the model, as JSON: id, revision, class, dtype, adapters. Not batch size, device or keys."""

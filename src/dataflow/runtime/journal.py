@@ -1,0 +1,311 @@
+"""The journal of a step: append-only JSON Lines, one writer per file, a checksum on every record.
+
+A record is one JSON object per line whose last field is the CRC-32 of all bytes before it::
+
+    {"s":"start","ks":["<request id>", …],"crc":"89abcdef"}
+    {"s":"done","k":"<request id>","img":[{"name":…,"sha256":…,"bytes":…,"w":…,"h":…}],…,"crc":"…"}
+    {"s":"refused"|"failed","k":"<request id>","reason":…,"msg":…,"crc":"…"}
+    {"s":"forget","ks":[…],"crc":"…"}          these requests count as never tried
+    {"s":"seal","crc":"…"}                     the line before was torn by a crash
+
+The order is law: the image is durable before its record is written, and the step's table is written after all records.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from dataflow.types import SavedImage
+
+logger = logging.getLogger(__name__)
+
+SYNC_RECORDS = 100
+SYNC_SECONDS = 1.0
+
+_datasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+
+_SUFFIXES = (".png", ".webp", ".jpg")
+_SEEN = 1
+_ONE_IMAGE = 2
+_FLAG_BITS = 8
+
+
+def pack_line(record: Mapping[str, Any]) -> bytes:
+    """The line of a record, checksum and newline included."""
+    body = orjson.dumps(record)[:-1]
+    return b'%b,"crc":"%08x"}\n' % (body, zlib.crc32(body))
+
+
+def unpack_line(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, or None if the line is not one whole record."""
+    line = line.rstrip(b"\n")
+    body = line[:-18]
+    try:
+        if line[-18:-10] != b',"crc":"' or int(line[-10:-2], 16) != zlib.crc32(body):
+            return None
+        return orjson.loads(line)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a request ended that has no image: status ``refused`` or ``failed``, and why."""
+
+    status: str
+    reason: str
+    message: str
+
+
+@dataclass(slots=True)
+class Index:
+    """What the journal says of every request, small enough for a million of them.
+
+    Request ids are held as their 16 bytes. A request with exactly one image under its own name (nearly all) is one
+    integer; the few others keep their record.
+
+    Attributes:
+        endings: requests that ended without an image.
+        starts: unfinished starts of requests that never ended: how often a process died with them in hand.
+        alone: those of the starts in which the request was alone in its batch.
+        torn: torn or damaged records skipped while reading.
+    """
+
+    packed: dict[bytes, int] = field(default_factory=dict)
+    records: dict[bytes, dict[str, Any]] = field(default_factory=dict)
+    endings: dict[bytes, Ending] = field(default_factory=dict)
+    starts: dict[bytes, int] = field(default_factory=dict)
+    alone: dict[bytes, int] = field(default_factory=dict)
+    torn: int = 0
+
+    def add_done(self, key: bytes, record: dict[str, Any]) -> None:
+        images = record.get("img", ())
+        if len(images) == 1 and "text" not in record:
+            name = images[0]["name"]
+            stem, dot, suffix = name.rpartition(".")
+            if dot + suffix in _SUFFIXES and stem[3:] == key.hex():
+                code = _SUFFIXES.index(dot + suffix)
+                self.packed[key] = images[0]["bytes"] << _FLAG_BITS | code << 2 | _ONE_IMAGE
+                self.endings.pop(key, None)
+                return
+        self.packed[key] = sum(image["bytes"] for image in images) << _FLAG_BITS
+        self.records[key] = {"img": images, "text": record.get("text")}
+        self.endings.pop(key, None)
+
+    def is_done(self, key: bytes) -> bool:
+        """Whether the request has its result, and every file of it was seen on disk with the right size."""
+        value = self.packed.get(key)
+        return value is not None and bool(value & _SEEN)
+
+    def size(self, key: bytes) -> int:
+        """Bytes of the request's images together."""
+        return self.packed[key] >> _FLAG_BITS
+
+    def names(self, key: bytes) -> list[str]:
+        """File names of a done request's images, relative to their store."""
+        value = self.packed[key]
+        if value & _ONE_IMAGE:
+            stem = key.hex()
+            return [f"{stem[:2]}/{stem}{_SUFFIXES[value >> 2 & 3]}"]
+        return [image["name"] for image in self.records[key]["img"]]
+
+    def text(self, key: bytes) -> str | None:
+        record = self.records.get(key)
+        return record["text"] if record else None
+
+    def mark_seen(self, key: bytes) -> None:
+        self.packed[key] |= _SEEN
+
+    def verify(self, existing: Iterable[tuple[str, str, int]]) -> int:
+        """Mark requests as done whose files exist with the size the journal states.
+
+        Args:
+            existing: (name without suffix, relative name, size in bytes) of every file there is.
+
+        Returns:
+            Number of requests whose image is missing or has another size: they will be made again.
+        """
+        packed = self.packed
+        others = {image["name"]: -1 for record in self.records.values() for image in record["img"]}
+        for stem, name, size in existing:
+            if len(stem) == 32:
+                key = bytes.fromhex(stem)
+                value = packed.get(key)
+                if value is not None and value & _ONE_IMAGE and value >> _FLAG_BITS == size:
+                    packed[key] = value | _SEEN
+                    continue
+            if name in others:
+                others[name] = size
+        for key, record in self.records.items():
+            if all(others[image["name"]] == image["bytes"] for image in record["img"]):
+                packed[key] |= _SEEN
+        return sum(not value & _SEEN for value in packed.values())
+
+    def apply(self, record: dict[str, Any]) -> None:
+        """Take one record in."""
+        status = record.get("s")
+        if status == "done":
+            key = bytes.fromhex(record["k"])
+            self.add_done(key, record)
+            self.starts.pop(key, None)
+            self.alone.pop(key, None)
+        elif status == "start":
+            keys = record["ks"]
+            for text in keys:
+                key = bytes.fromhex(text)
+                self.starts[key] = self.starts.get(key, 0) + 1
+                if len(keys) == 1:
+                    self.alone[key] = self.alone.get(key, 0) + 1
+        elif status in ("refused", "failed"):
+            key = bytes.fromhex(record["k"])
+            self.endings[key] = Ending(status, record["reason"], record["msg"])
+            self.packed.pop(key, None)
+            self.starts.pop(key, None)
+            self.alone.pop(key, None)
+        elif status == "forget":
+            for text in record["ks"]:
+                key = bytes.fromhex(text)
+                for table in (self.packed, self.records, self.endings, self.starts, self.alone):
+                    table.pop(key, None)
+
+
+class Journal:
+    """The records of one step, in a folder of their own.
+
+    Args:
+        folder: where the files lie; every ``*.jsonl`` in it is read, one of them is written.
+        writer: stem of the file this process writes. Two processes must not share one.
+    """
+
+    def __init__(self, folder: Path, writer: str = "main") -> None:
+        self.folder = folder
+        self.path = folder / f"{writer}.jsonl"
+        self._fd: int | None = None
+        self._lock = threading.Lock()
+        self._unsynced = 0
+        self._synced_at = 0.0
+
+    def records(self) -> Iterator[dict[str, Any] | None]:
+        """Every record of every file in writing order; None for each torn or damaged one, which is reported."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            offset = 0
+            damaged: int | None = None
+            with path.open("rb", buffering=1 << 20) as file:
+                for line in file:
+                    record = unpack_line(line)
+                    if record is None:
+                        if damaged is not None:
+                            _report_damage(path, damaged)
+                        damaged = offset
+                        yield None
+                    else:
+                        if damaged is not None and record.get("s") != "seal":
+                            _report_damage(path, damaged)
+                        damaged = None
+                        yield record
+                    offset += len(line)
+
+    def load(self) -> Index:
+        """Read everything."""
+        index = Index()
+        apply = index.apply
+        for record in self.records():
+            if record is None:
+                index.torn += 1
+            else:
+                apply(record)
+        return index
+
+    def open(self) -> None:
+        """Open for writing; a torn last record of a killed process is sealed off first."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        size = os.fstat(self._fd).st_size
+        tail = os.pread(self._fd, min(size, 1 << 16), max(0, size - (1 << 16)))
+        last = tail[tail.rfind(b"\n", 0, len(tail) - 1) + 1 :]
+        if tail and unpack_line(last) is None:
+            newline = b"" if last.endswith(b"\n") else b"\n"
+            self._write(newline + pack_line({"s": "seal"}))
+        self._synced_at = time.monotonic()
+
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Write records, durable within a second (at once against a killed process, later against lost power).
+
+        Raises:
+            OSError: the disk is full or gone; the file then still ends with a whole record.
+        """
+        data = b"".join(map(pack_line, records))
+        with self._lock:
+            self._write(data)
+            self._unsynced += len(records)
+            now = time.monotonic()
+            if self._unsynced >= SYNC_RECORDS or now - self._synced_at >= SYNC_SECONDS:
+                self._sync(now)
+
+    def close(self) -> None:
+        if self._fd is not None:
+            with self._lock:
+                self._sync(time.monotonic())
+                os.close(self._fd)
+                self._fd = None
+
+    def _write(self, data: bytes) -> None:
+        assert self._fd is not None, "the journal is not open"
+        size = os.fstat(self._fd).st_size
+        try:
+            written = os.write(self._fd, data)
+            if written != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError:
+            # A full disk takes part of a line without complaint: take the part back.
+            os.ftruncate(self._fd, size)
+            raise
+
+    def _sync(self, now: float) -> None:
+        assert self._fd is not None
+        if self._unsynced:
+            _datasync(self._fd)
+        self._unsynced = 0
+        self._synced_at = now
+
+
+def done_record(
+    request_id: str, images: Iterable[SavedImage], *, text: str | None = None, **facts: object
+) -> dict[str, Any]:
+    """The record of a request that has its result. ``facts``: further JSON values worth keeping."""
+    record: dict[str, Any] = {
+        "s": "done",
+        "k": request_id,
+        "img": [
+            {"name": image.name, "sha256": image.sha256, "bytes": image.bytes, "w": image.width, "h": image.height}
+            for image in images
+        ],
+    }
+    if text is not None:
+        record["text"] = text
+    record.update(facts)
+    return record
+
+
+def ending_record(request_id: str, status: str, reason: str, message: str, **facts: object) -> dict[str, Any]:
+    """The record of a request that ended without a result; ``status`` is ``refused`` or ``failed``."""
+    return {"s": status, "k": request_id, "reason": reason, "msg": message[:2000], **facts}
+
+
+def _report_damage(path: Path, offset: int) -> None:
+    logger.warning(
+        "%s: damaged record at byte %d skipped; its request is taken up again (an image already there is adopted)",
+        path,
+        offset,
+    )

@@ -7,7 +7,7 @@ rest: names, files, journal, retries, order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -185,12 +185,24 @@ class ImageStore(Protocol):
 
     save_path: Path
 
+    def path(self, name: str) -> str:
+        """What stands in a row for the file ``name`` (relative to the store)."""
+        ...
+
     def save(self, image: Image | bytes, name: str, metadata: Mapping[str, Any]) -> SavedImage:
         """Write one image under ``name`` (no suffix) durably and atomically; decode and check bytes first."""
         ...
 
     def find(self, name: str) -> SavedImage | None:
         """The whole, valid image of that name (no suffix), or None."""
+        ...
+
+    def existing(self) -> Iterator[tuple[str, str, int]]:
+        """(name without suffix, name, size in bytes) of every image file there is."""
+        ...
+
+    def sweep(self) -> int:
+        """Remove what killed runs left half-written; number of files. Only under the cache lock."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 The id is a hash of everything that makes the image what it is: prompt, negative prompt, *content* of each input image,
 size, parameters, the serving's fingerprint, the seed (or the run seed), the sample number and the occurrence among
-identical requests. It never depends on the row's position: rows may be inserted, reordered, removed or split over files.
+identical requests. It never depends on the row's position: rows may be inserted, reordered or removed freely.
 
 The derived seed depends on prompt, input images, run seed, sample and occurrence only: the same prompt starts from the
 same noise under another model, step count or guidance, so that runs can be compared image by image.

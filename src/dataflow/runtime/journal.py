@@ -2,7 +2,7 @@
 
 A record is one JSON object per line whose last field is the CRC-32 of all bytes before it::
 
-    {"s":"start","ks":["<request id>", …],"crc":"89abcdef"}
+    {"s":"start","ks":["<request id>", …],"crc":"89abcdef"}    "alone":true for a suspect tried by itself
     {"s":"done","k":"<request id>","img":[{"name":…,"sha256":…,"bytes":…,"w":…,"h":…}],…,"crc":"…"}
     {"s":"refused"|"failed","k":"<request id>","reason":…,"msg":…,"crc":"…"}
     {"s":"forget","ks":[…],"crc":"…"}          these requests count as never tried
@@ -78,7 +78,7 @@ class Index:
     Attributes:
         endings: requests that ended without an image.
         starts: unfinished starts of requests that never ended: how often a process died with them in hand.
-        alone: those of the starts in which the request was alone in its batch.
+        alone: those of the starts in which the request ran by itself because it was suspected.
         torn: torn or damaged records skipped while reading.
     """
 
@@ -165,7 +165,7 @@ class Index:
             for text in keys:
                 key = bytes.fromhex(text)
                 self.starts[key] = self.starts.get(key, 0) + 1
-                if len(keys) == 1:
+                if record.get("alone"):
                     self.alone[key] = self.alone.get(key, 0) + 1
         elif status in ("refused", "failed"):
             key = bytes.fromhex(record["k"])

@@ -33,11 +33,8 @@ def cache_lock(folder: Path) -> Iterator[None]:
             f"{folder} is being written by {_describe(owner)}. Wait for it to end, or use another cache_path."
         ) from None
     try:
-        owner.write_bytes(
-            orjson.dumps(
-                {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            )
-        )
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        owner.write_bytes(orjson.dumps(facts))
         yield
     finally:
         owner.unlink(missing_ok=True)

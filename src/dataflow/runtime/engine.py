@@ -1,0 +1,393 @@
+"""What happens to every step, once: resume, batches, retries, out-of-memory, refusals, interruption, the final sum.
+
+The asyncio loop of a run lives in a thread of its own, so that a run works the same from a script, in a notebook whose
+main thread already has a loop, and under Ctrl-C: the first one lets the batches in flight end and be saved, the second
+one gives them up. Either way the next run goes on where this one stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataflow.errors import (
+    FatalServingError,
+    InputError,
+    OutOfMemoryError,
+    RateLimitError,
+    RetryError,
+    RunInterruptedError,
+    RunStoppedError,
+    ServingError,
+    TooManyFailuresError,
+    WorkerDiedError,
+)
+from dataflow.io import ImageIO
+from dataflow.runtime import table
+from dataflow.runtime.identity import Identifier
+from dataflow.runtime.journal import Ending, Journal, done_record, ending_record
+from dataflow.runtime.limits import Limiter, backoff
+from dataflow.runtime.lock import cache_lock
+from dataflow.runtime.planner import Planner
+from dataflow.runtime.progress import Progress, describe
+from dataflow.runtime.tally import Tally
+from dataflow.runtime.worker import InlineWorker, Item, Made, ProcessWorker, Worker
+from dataflow.types import GenerationRequest, Outcome, Plan, Serving, Status, Summary
+from dataflow.utils.storage import FileStorage
+
+logger = logging.getLogger(__name__)
+
+LEAST_FAILURES = 100
+"""Fewer failed rows than this never stop a run."""
+RATE_LIMIT_PATIENCE = 900.0
+"""Seconds of nothing but rate limits after which a run stops."""
+
+Try = tuple[list[GenerationRequest], int]
+"""Requests to make together, and which attempt it is, from 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a step is run.
+
+    Attributes:
+        max_failed_fraction: the run stops when more than this share of the settled rows failed (and at least 100).
+        max_attempts: how often one request is tried in one run before it counts as failed.
+        retry: reasons of failures of earlier runs to try again; None for every reason but refusals.
+        progress: show a progress bar; None shows it in terminals and notebooks only.
+        quiet: do not print the sum at the end.
+    """
+
+    max_failed_fraction: float = 0.5
+    max_attempts: int = 3
+    retry: frozenset[str] | None = None
+    progress: bool | None = None
+    quiet: bool = False
+
+
+def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None) -> Summary:
+    """Run one step: every image its rows ask for exists once afterwards, and the step's table is written.
+
+    Args:
+        plan: what to do with each row.
+        storage: at the step to run (after ``storage.step()``).
+        options: how.
+
+    Returns:
+        The sum of what became of the rows; it is printed to standard error too.
+
+    Raises:
+        InputError: the table cannot be read, or lacks a column the plan needs.
+        ConfigError: the serving cannot be used as it is set up.
+        CacheBusyError: another process writes to this cache folder.
+        RunStoppedError: the run ended early (Ctrl-C, too many failures, a full disk, a service that is gone).
+            Everything finished is kept, the old table of the step is untouched, and the next run goes on.
+    """
+    options = options or RunOptions()
+    with _readable_disk_errors(storage), cache_lock(Path(storage.cache_path)):
+        if plan.serving is None:
+            summary = table.fold_only(plan, storage)
+        else:
+            summary = _Run(plan, plan.serving, storage, options).execute()
+    if not options.quiet:
+        print(describe(summary), file=sys.stderr)
+    return summary
+
+
+class _Run:
+    """One execution of one plan."""
+
+    def __init__(self, plan: Plan, serving: Serving, storage: FileStorage, options: RunOptions) -> None:
+        self.plan, self.serving, self.storage, self.options = plan, serving, storage, options
+        self.started = time.monotonic()
+        self.signature = storage.input_signature()
+        self.journal = Journal(table.journal_folder(storage))
+        self.index = self.journal.load()
+        self.index.verify(serving.image_io.existing() if serving.image_io else ())
+        self.tally = Tally()
+        self.identifier = Identifier(
+            serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest
+        )
+        self.planner = Planner(
+            plan, storage, serving, self.identifier, self.index, self.journal, self.tally, options.retry
+        )
+        self.stop_error: RunStoppedError | None = None
+        self._planning = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        self._in_hand = 0
+        self._unfinished: set[str] = set()
+        self._limited_since: float | None = None
+
+    def execute(self) -> Summary:
+        if self.serving.image_io is not None:
+            self.serving.image_io.sweep()
+        self.journal.open()
+        try:
+            with Progress(
+                self.plan.name, self.storage.count_rows(), self.tally, self.options.progress
+            ) as self.progress:
+                self._in_thread()
+            if self.stop_error is not None:
+                raise self._stopped()
+            summary = table.write(
+                self.plan, self.storage, self.planner, self.signature, time.monotonic() - self.started
+            )
+        finally:
+            self._planning.shutdown(wait=False)
+            self.journal.close()
+        return summary
+
+    def _in_thread(self) -> None:
+        """Run the loop in its thread and wait for it, also through Ctrl-C."""
+        self.loop = asyncio.new_event_loop()
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.loop.run_until_complete(self._main())
+            except BaseException as error:  # noqa: BLE001  handed to the caller's thread, whatever it is
+                failure.append(error)
+            finally:
+                self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+                self.loop.close()
+
+        thread = threading.Thread(target=run, name="dataflow", daemon=True)
+        thread.start()
+        try:
+            _wait(thread)
+        except KeyboardInterrupt:
+            message = "interrupted: run the same command again to go on"
+            with contextlib.suppress(RuntimeError):  # the loop may have ended just now
+                self.loop.call_soon_threadsafe(self._stop, RunInterruptedError(message))
+            print("\nCtrl-C: finishing the batches in flight; press it again to give them up.", file=sys.stderr)
+            try:
+                _wait(thread)
+            except KeyboardInterrupt:
+                raise self._stopped() from None
+        if failure:
+            raise failure[0]
+
+    def _stopped(self) -> RunStoppedError:
+        assert self.stop_error is not None
+        rows = self.storage.count_rows()
+        if rows is None:
+            rows = sum(1 for _ in self.storage.iter_rows())
+        summary = self.tally.summary(self.storage.step_name, rows, time.monotonic() - self.started)
+        table.save_summary(self.plan, self.storage, summary)
+        if not self.options.quiet:
+            print(describe(summary), file=sys.stderr)
+        self.stop_error.summary = summary
+        return self.stop_error
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    async def _main(self) -> None:
+        self._pulling = asyncio.Lock()
+        self._progressed = asyncio.Event()
+        first = await self._pull()
+        if first is None:
+            return
+        replicas = self.serving.replicas()
+        kind = InlineWorker if len(replicas) == 1 else ProcessWorker
+        workers: list[Worker] = [kind(replica, self.identifier.fingerprint) for replica in replicas]
+        self.limiter = Limiter(sum(worker.concurrency for worker in workers))
+        self._slots = [asyncio.Semaphore(worker.concurrency) for worker in workers]
+        self._pushed_back = [first]
+        try:
+            await asyncio.gather(*(worker.start() for worker in workers))
+            # One lane more than may generate: its batch is planned, encoded and written while the others generate.
+            lanes = [
+                asyncio.create_task(self._lane(worker, slot))
+                for worker, slot in zip(workers, self._slots, strict=True)
+                for _ in range(worker.concurrency + 1)
+            ]
+            await asyncio.wait(lanes, return_when=asyncio.FIRST_EXCEPTION)
+            self.planner.stopping = self.planner.stopping or any(lane.done() and lane.exception() for lane in lanes)
+            self._progressed.set()
+            for result in await asyncio.gather(*lanes, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
+        finally:
+            if self._unfinished:
+                # A clean stop: these did not kill anybody.
+                self.journal.append({"s": "forget", "ks": sorted(self._unfinished)})
+            await asyncio.gather(*(worker.stop() for worker in workers))
+
+    async def _lane(self, worker: Worker, slot: asyncio.Semaphore) -> None:
+        while (batch := await self._pull()) is not None:
+            try:
+                await self._settle(worker, slot, batch)
+            except OSError as error:
+                self._stop(RunStoppedError(_disk_message(error)))
+
+    async def _pull(self) -> list[GenerationRequest] | None:
+        """The next batch; None when there is none and none can come any more."""
+        async with self._pulling:
+            while not self.planner.stopping:
+                if getattr(self, "_pushed_back", None):
+                    return self._pushed_back.pop()
+                # Cleared before looking: a parent that ends while the planner looks must wake this lane up.
+                self._progressed.clear()
+                batch = await asyncio.get_running_loop().run_in_executor(self._planning, self.planner.next_batch)
+                self._check_failures()
+                self.progress.update()
+                if batch is not None:
+                    self._in_hand += len(batch)
+                    return batch
+                if self._in_hand == 0:
+                    return None
+                await self._progressed.wait()
+            return None
+
+    async def _settle(self, worker: Worker, slot: asyncio.Semaphore, batch: list[GenerationRequest]) -> None:
+        """Make a batch, in as many attempts and pieces as it takes, until each request has ended."""
+        todo: list[Try] = [(batch, 1)]
+        while todo:
+            requests, attempt = todo.pop()
+            try:
+                async with slot, self.limiter.slot():
+                    if self.planner.stopping:
+                        return
+                    self._start(requests)
+                    ticket = await worker.generate(requests)
+                items = await worker.save(ticket)
+            except ServingError as error:
+                todo += await self._react(requests, attempt, error)
+                continue
+            self.limiter.succeeded()
+            self._limited_since = None
+            todo += await self._take(requests, items, attempt)
+
+    async def _take(self, requests: list[GenerationRequest], items: Sequence[Item], attempt: int) -> list[Try]:
+        again: list[Try] = []
+        for request, item in zip(requests, items, strict=True):
+            if isinstance(item, Made):
+                self._done(request, item, attempt)
+            else:
+                again += await self._react([request], attempt, item)
+        return again
+
+    async def _react(self, requests: list[GenerationRequest], attempt: int, error: ServingError) -> list[Try]:
+        """What to do about a failure: the tries that follow from it; requests that are at their end are ended."""
+        if isinstance(error, FatalServingError):
+            self._stop(RunStoppedError(f"stopped: {error}"))
+            return []
+        if isinstance(error, RateLimitError):
+            self._rate_limited(error)
+            return [(requests, attempt)]
+        if len(requests) > 1:
+            half = (len(requests) + 1) // 2
+            logger.info("batch of %d failed (%s), trying it in halves: %s", len(requests), error.reason, error)
+            if isinstance(error, OutOfMemoryError):
+                self.planner.shrink(requests[0], half)
+            return [(requests[half:], attempt), (requests[:half], attempt)]
+        request = requests[0]
+        if isinstance(error, RetryError | OutOfMemoryError) and attempt < self.options.max_attempts:
+            logger.info("request %s: attempt %d failed: %s", request.request_id, attempt, error)
+            await asyncio.sleep(0 if isinstance(error, OutOfMemoryError) else backoff(attempt))
+            return [(requests, attempt + 1)]
+        if error.reason == "refused":
+            self._end(request, "refused", error.reason, str(error))
+        else:
+            reason = "killed_worker" if isinstance(error, WorkerDiedError) else error.reason
+            self._end(request, "failed", reason, str(error))
+        return []
+
+    def _rate_limited(self, error: RateLimitError) -> None:
+        now = time.monotonic()
+        wait = self.limiter.rate_limited(error.retry_after)
+        if self._limited_since is None:
+            self._limited_since = now
+        if now - self._limited_since > RATE_LIMIT_PATIENCE:
+            self._stop(
+                RunStoppedError(f"stopped: nothing but rate limits for {now - self._limited_since:.0f} s: {error}")
+            )
+        logger.info("rate limit: all lanes wait %.1f s: %s", wait, error)
+
+    # -- how requests end --------------------------------------------------------------------------------------------
+
+    def _start(self, requests: list[GenerationRequest]) -> None:
+        ids = [request.request_id for request in requests]
+        record: dict[str, object] = {"s": "start", "ks": ids}
+        if requests[0].alone:
+            record["alone"] = True
+        self.journal.append(record)
+        self._unfinished.update(ids)
+
+    def _done(self, request: GenerationRequest, made: Made, attempt: int) -> None:
+        facts: dict[str, object] = {"ms": round(made.seconds * 1000, 1)}
+        if attempt > 1:
+            facts["att"] = attempt
+        if made.usage:
+            facts["usage"] = dict(made.usage)
+        record = done_record(request.request_id, made.images, text=made.text, **facts)
+        self.journal.append(record)
+        key = bytes.fromhex(request.request_id)
+        self.index.add_done(key, record)
+        self.index.mark_seen(key)
+        self.tally.add_images(len(made.images), self.index.size(key), made=True)
+        self._settled(request, self.planner.outcome(key))
+
+    def _end(self, request: GenerationRequest, status: Status, reason: str, message: str) -> None:
+        logger.warning("request %s %s (%s): %s", request.request_id, status, reason, message)
+        self.journal.append(ending_record(request.request_id, status, reason, message))
+        self.index.endings[bytes.fromhex(request.request_id)] = Ending(status, reason, message)
+        self._settled(request, Outcome(request_id=request.request_id, status=status, reason=reason, message=message))
+
+    def _settled(self, request: GenerationRequest, outcome: Outcome) -> None:
+        self._unfinished.discard(request.request_id)
+        self._in_hand -= 1
+        self.tally.settle(bytes.fromhex(request.request_id), outcome.status, outcome.reason)
+        for key, ending in self.planner.parent_ended(request, outcome):
+            self.index.endings[key] = ending
+            self.tally.settle(key, "failed", ending.reason)
+        self._check_failures()
+        self._progressed.set()
+        self.progress.update()
+
+    def _check_failures(self) -> None:
+        failed, settled = self.tally.counts["failed"], self.tally.settled
+        if failed >= LEAST_FAILURES and failed > self.options.max_failed_fraction * settled:
+            common = ", ".join(f"{reason} {count}" for reason, count in self.tally.reasons.most_common(3))
+            self._stop(
+                TooManyFailuresError(
+                    f"stopped: {failed} of {settled} rows failed ({common}), more than max_failed_fraction="
+                    f"{self.options.max_failed_fraction:g}. Mend the cause and run again, or raise the limit."
+                )
+            )
+
+    def _stop(self, error: RunStoppedError) -> None:
+        self.stop_error = self.stop_error or error
+        self.planner.stopping = True
+        self._progressed.set()
+
+
+def _wait(thread: threading.Thread) -> None:
+    while thread.is_alive():
+        # With a time-out, so that Ctrl-C gets through on every platform.
+        thread.join(0.5)
+
+
+def _disk_message(error: OSError) -> str:
+    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "an image could not be written"
+    return f"stopped: {what} ({error}). Nothing finished is lost: mend that and run again."
+
+
+@contextlib.contextmanager
+def _readable_disk_errors(storage: FileStorage):
+    try:
+        yield
+    except PermissionError as error:
+        raise InputError(f"no permission to write the cache folder ({error})", path=storage.cache_path) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise RunStoppedError(_disk_message(error)) from error

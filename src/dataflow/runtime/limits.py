@@ -1,0 +1,67 @@
+"""How many batches may be generated at once, and when: one limiter for all lanes of a step."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+FIRST_WAIT = 1.0
+LONGEST_WAIT = 60.0
+
+
+def backoff(attempt: int) -> float:
+    """Seconds to wait before trying again, with full jitter; ``attempt`` counts from 1."""
+    return random.uniform(0.5, 1.0) * min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1))  # noqa: S311  not a secret
+
+
+class Limiter:
+    """Slots that shrink by half when the service says it is too much, and grow back one by one (AIMD).
+
+    A stated wait holds back everybody, not only the batch that was told.
+
+    Args:
+        concurrency: most slots there can be.
+    """
+
+    def __init__(self, concurrency: int) -> None:
+        self._most = concurrency
+        self.allowed = float(concurrency)
+        self._busy = 0
+        self._not_before = 0.0
+        self._limited_in_a_row = 0
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Wait for a slot and hold it."""
+        async with self._changed:
+            while self._busy >= int(self.allowed):
+                await self._changed.wait()
+            self._busy += 1
+        try:
+            while (wait := self._not_before - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            yield
+        finally:
+            async with self._changed:
+                self._busy -= 1
+                self._changed.notify_all()
+
+    def succeeded(self) -> None:
+        """A batch went through: one slot more per round of successes."""
+        self._limited_in_a_row = 0
+        self.allowed = min(self._most, self.allowed + 1 / self.allowed)
+
+    def rate_limited(self, retry_after: float | None) -> float:
+        """The service asks to slow down; the seconds for which all lanes now hold back."""
+        now = time.monotonic()
+        if now >= self._not_before:
+            # One burst of 429s is one signal, not one per lane.
+            self.allowed = max(1.0, self.allowed / 2)
+            self._limited_in_a_row += 1
+        wait = retry_after if retry_after is not None else backoff(self._limited_in_a_row)
+        self._not_before = max(self._not_before, now + wait)
+        return wait

@@ -1,0 +1,310 @@
+"""The pass over the table: skips what is done and hands out batches of what is not."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from array import array
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dataflow.errors import BadRequestError, ImageError, InputError
+from dataflow.runtime.identity import ID_BYTES, Identifier
+from dataflow.runtime.journal import Ending, Index, Journal, done_record, ending_record
+from dataflow.runtime.tally import Tally, worse
+from dataflow.types import BadRow, Draft, GenerationRequest, Outcome, Plan, Row, Serving, Status, Turn
+from dataflow.utils.storage import FileStorage
+
+logger = logging.getLogger(__name__)
+
+SUSPECT_STARTS = 3
+"""A request that was in hand this often when a process died is tried by itself, after all others."""
+DEADLY_STARTS = 3
+"""A request that was by itself in hand this often when a process died has failed."""
+PEEK_ROWS = 100
+
+
+@dataclass(slots=True)
+class RowBook:
+    """What was planned for each row, 16 bytes a request, for the fold that follows."""
+
+    keys: bytearray = field(default_factory=bytearray)
+    counts: array[int] = field(default_factory=lambda: array("H"))
+    errors: dict[int, Ending] = field(default_factory=dict)
+
+    def add(self, keys: list[bytes]) -> None:
+        self.counts.append(len(keys))
+        for key in keys:
+            self.keys += key
+
+    def add_error(self, error: Ending) -> None:
+        self.errors[len(self.counts)] = error
+        self.counts.append(0)
+
+    def __iter__(self) -> Iterator[tuple[list[bytes], Ending | None]]:
+        """Keys and error of every row, in order."""
+        at = 0
+        for row, count in enumerate(self.counts):
+            end = at + count * ID_BYTES
+            yield [bytes(self.keys[i : i + ID_BYTES]) for i in range(at, end, ID_BYTES)], self.errors.get(row)
+            at = end
+
+
+class Planner:
+    """Hands out batches; :meth:`next_batch` runs in one thread, :meth:`parent_ended` may be called from another.
+
+    Args:
+        plan: the step.
+        storage: its table.
+        serving: who makes it.
+        index: what the journal says.
+        journal: open for writing; adopted images and refused-before-work requests are recorded here.
+        tally: counts rows.
+        retry: reasons of earlier failures to try again; None for all but refusals.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        storage: FileStorage,
+        serving: Serving,
+        identifier: Identifier,
+        index: Index,
+        journal: Journal,
+        tally: Tally,
+        retry: frozenset[str] | None,
+    ) -> None:
+        self.plan, self.storage, self.serving, self.identifier = plan, storage, serving, identifier
+        self.index, self.journal, self.tally, self.retry = index, journal, tally, retry
+        self.book = RowBook()
+        self.stopping = False
+        self.exhausted = False
+        self._rows = _checked_rows(plan, storage)
+        self._window = max(256, 16 * serving.batch_size)
+        self._buckets: dict[Hashable, deque[GenerationRequest]] = {}
+        self._waiting_in_buckets = 0
+        self._caps: dict[Hashable, int] = {}
+        self._suspects: deque[GenerationRequest] = deque()
+        self._children: dict[str, list[GenerationRequest]] = {}
+        self._released: deque[GenerationRequest] = deque()
+        self._lock = threading.Lock()
+
+    def next_batch(self) -> list[GenerationRequest] | None:
+        """The next requests that may share a batch, or None when nothing is ready (any more, or before a parent ends).
+
+        Reads on in the table only as far as needed to fill one batch.
+        """
+        while not self.stopping:
+            while self._released:
+                self._enqueue(self._released.popleft())
+            if (batch := self._pop(full=self._waiting_in_buckets < self._window)) is not None:
+                return batch
+            if self.exhausted:
+                return self._pop(full=False) or ([self._suspects.popleft()] if self._suspects else None)
+            row = next(self._rows, None)
+            if row is None:
+                self.exhausted = True
+            else:
+                self._plan_row(row)
+        return None
+
+    def batch_key(self, request: GenerationRequest) -> Hashable:
+        return request.request_id if request.alone else self.serving.batch_key(request)
+
+    def shrink(self, request: GenerationRequest, size: int) -> None:
+        """From now on no batch of this request's kind holds more than ``size``."""
+        key = self.batch_key(request)
+        self._caps[key] = min(size, self._caps.get(key, size))
+
+    def parent_ended(self, parent: GenerationRequest, outcome: Outcome) -> list[tuple[bytes, Ending]]:
+        """The next turns of ``parent``: released if it has its image, else ended like it; those are returned."""
+        with self._lock:
+            children = self._children.pop(parent.request_id, [])
+        ended: list[tuple[bytes, Ending]] = []
+        for request in children:
+            if outcome.status == "done" and outcome.images:
+                self._released.append(_next_turn(request, parent, outcome.images[0]))
+            else:
+                ended.append(
+                    (bytes.fromhex(request.request_id), _orphaned(outcome.status, outcome.message or outcome.reason))
+                )
+                orphan = Outcome(request_id=request.request_id, status="failed", reason="previous_turn")
+                ended += self.parent_ended(request, orphan)
+        return ended
+
+    def outcome(self, key: bytes) -> Outcome:
+        """How a request ended, from the index."""
+        index = self.index
+        if index.is_done(key):
+            store = self.serving.image_io
+            images = tuple(store.path(name) for name in index.names(key)) if store else ()
+            return Outcome(request_id=key.hex(), status="done", images=images, text=index.text(key))
+        ending = index.endings[key]
+        status: Status = "refused" if ending.status == "refused" else "failed"
+        return Outcome(request_id=key.hex(), status=status, reason=ending.reason, message=ending.message)
+
+    # -- one row ---------------------------------------------------------------------------------------------------
+
+    def _plan_row(self, row: Row | BadRow) -> None:
+        try:
+            if isinstance(row, BadRow):
+                raise InputError(row.error)
+            drafts = self.plan.requests(row)
+            identities = self.identifier.identify(drafts)
+        except InputError as error:
+            reason = _reason(row, error)
+            where = InputError(
+                error.message if error.path is None else f"{error.path}: {error.message}",
+                path=self.storage.input_path,
+                row=self.tally.planned + 1,
+                field=error.field,
+            )
+            logger.warning("%s", where)
+            self.book.add_error(Ending("failed", reason, str(where)))
+            self.tally.add_row([], "failed", reason)
+            return
+        index, tally = self.index, self.tally
+        self.book.add([identity.key for identity in identities])
+        if all(index.is_done(identity.key) for identity in identities):
+            for identity in identities:
+                tally.add_images(1, index.size(identity.key))
+            tally.add_row([], "done", "")
+            return
+        status: Status = "done"
+        reason = ""
+        pending: list[GenerationRequest] = []
+        drafts_of: list[tuple[Draft, GenerationRequest]] = []
+        for draft, identity in zip(drafts, identities, strict=True):
+            parent = drafts_of[draft.after][1] if draft.after is not None else None
+            request = self.identifier.request(draft, identity, parent)
+            drafts_of.append((draft, request))
+            ending = self._known_ending(identity.key, request, parent)
+            if ending is None and not index.is_done(identity.key):
+                pending.append(request)
+            elif ending is not None and worse(status, ending_status := _status(ending)):
+                status, reason = ending_status, ending.reason
+            elif ending is None:
+                tally.add_images(1, index.size(identity.key))
+        tally.add_row([bytes.fromhex(request.request_id) for request in pending], status, reason)
+        waiting = {request.request_id for request in pending}
+        for draft, request in drafts_of:
+            if request.request_id in waiting:
+                self._place(draft, request, drafts_of)
+
+    def _known_ending(self, key: bytes, request: GenerationRequest, parent: GenerationRequest | None) -> Ending | None:
+        """Why this request is not to be made now, or None if it is done or to be made."""
+        index = self.index
+        if index.is_done(key) or self._adopt(key, request):
+            return None
+        if parent is not None and (of_parent := index.endings.get(bytes.fromhex(parent.request_id))):
+            index.endings[key] = ending = _orphaned(of_parent.status, of_parent.message)
+            return ending
+        ending = index.endings.get(key)
+        if ending is not None:
+            again = ending.status == "failed" if self.retry is None else ending.reason in self.retry
+            if not again:
+                return ending
+            del index.endings[key]
+        if index.alone.get(key, 0) >= DEADLY_STARTS:
+            message = f"the process died {DEADLY_STARTS} times while making this image alone"
+            return self._end(key, Ending("failed", "killed_worker", message))
+        try:
+            self.serving.check(request)
+        except BadRequestError as error:
+            return self._end(key, Ending("failed", error.reason, str(error)))
+        return None
+
+    def _end(self, key: bytes, ending: Ending) -> Ending:
+        logger.warning("request %s: %s", key.hex(), ending.message)
+        self.index.endings[key] = ending
+        self.journal.append(ending_record(key.hex(), ending.status, ending.reason, ending.message))
+        return ending
+
+    def _adopt(self, key: bytes, request: GenerationRequest) -> bool:
+        """Take over a whole image that a killed run left without a record."""
+        store = self.serving.image_io
+        found = store.find(request.request_id) if store else None
+        if found is None:
+            return False
+        record = done_record(request.request_id, [found], adopted=True)
+        self.journal.append(record)
+        self.index.add_done(key, record)
+        self.index.mark_seen(key)
+        self.tally.adopted += 1
+        return True
+
+    def _place(self, draft: Draft, request: GenerationRequest, row: list[tuple[Draft, GenerationRequest]]) -> None:
+        """Put a request where it waits: for its parent's image, among the suspects, or in its bucket."""
+        key = bytes.fromhex(request.request_id)
+        if draft.after is not None:
+            parent = row[draft.after][1]
+            parent_key = bytes.fromhex(parent.request_id)
+            if not self.index.is_done(parent_key):
+                with self._lock:
+                    self._children.setdefault(parent.request_id, []).append(request)
+                return
+            request = _next_turn(request, parent, self.outcome(parent_key).images[0])
+        if self.index.starts.get(key, 0) >= SUSPECT_STARTS:
+            self._suspects.append(replace(request, alone=True))
+        else:
+            self._enqueue(request)
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, request: GenerationRequest) -> None:
+        self._buckets.setdefault(self.batch_key(request), deque()).append(request)
+        self._waiting_in_buckets += 1
+
+    def _pop(self, *, full: bool) -> list[GenerationRequest] | None:
+        """A batch of the fullest bucket; with ``full`` only if it fills a batch."""
+        if not self._buckets:
+            return None
+        key = max(self._buckets, key=lambda k: len(self._buckets[k]))
+        bucket = self._buckets[key]
+        size = min(self.serving.batch_size, self._caps.get(key, self.serving.batch_size))
+        if full and len(bucket) < size:
+            return None
+        batch = [bucket.popleft() for _ in range(min(size, len(bucket)))]
+        self._waiting_in_buckets -= len(batch)
+        if not bucket:
+            del self._buckets[key]
+        return batch
+
+
+def _checked_rows(plan: Plan, storage: FileStorage) -> Iterator[Row | BadRow]:
+    """The table's rows, after a look at the first ones: a column that none of them has is a mistake in the call."""
+    rows = storage.iter_rows()
+    first = list(itertools.islice(rows, PEEK_ROWS))
+    known = [row for row in first if not isinstance(row, BadRow)]
+    for column in plan.inputs:
+        if known and not any(column in row for row in known):
+            have = ", ".join(repr(name) for name in dict.fromkeys(itertools.chain.from_iterable(known)))
+            raise InputError(
+                f"no such column; the table has {have}. Name the right one in {plan.name}.run(...).",
+                path=storage.input_path,
+                field=column,
+            )
+    return itertools.chain(first, rows)
+
+
+def _reason(row: Row | BadRow, error: InputError) -> str:
+    if isinstance(row, BadRow):
+        return "bad_row"
+    return f"image_{error.reason}" if isinstance(error, ImageError) else "bad_input"
+
+
+def _status(ending: Ending) -> Status:
+    return "refused" if ending.status == "refused" else "failed"
+
+
+def _next_turn(request: GenerationRequest, parent: GenerationRequest, answer: str) -> GenerationRequest:
+    """The request of a further turn, with the image of the turn before it."""
+    turn = Turn(prompt=parent.prompt, images=parent.images, answer=str(Path(answer).absolute()))
+    return replace(request, images=(turn.answer, *request.images), turns=(*parent.turns, turn))
+
+
+def _orphaned(status: str, why: str) -> Ending:
+    return Ending("failed", "previous_turn", f"the turn before it was {status}: {why}")

@@ -1,0 +1,115 @@
+"""What a person sees while a step runs: one line in a terminal or notebook, nothing elsewhere, the sum at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from dataflow.runtime.tally import Tally
+from dataflow.types import Summary
+
+REFRESH_SECONDS = 0.2
+
+
+class Progress:
+    """A bar over rows, with images per second, time left and failures beside it.
+
+    Args:
+        name: the operator's.
+        total: rows in the table, if known.
+        tally: what is shown.
+        show: True or False; None shows it in terminals and notebooks only.
+    """
+
+    def __init__(self, name: str, total: int | None, tally: Tally, show: bool | None) -> None:
+        self._tally = tally
+        self._name, self._total = name, total
+        self._show = _interactive() if show is None else show
+        self._bar = None
+        self._shown = 0
+        self._refreshed = 0.0
+        self._started: tuple[float, int, int] | None = None
+
+    def __enter__(self) -> Progress:
+        if self._show:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(
+                total=self._total,
+                desc=self._name,
+                unit="row",
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}"
+                if self._total
+                else "{desc}: {n_fmt} rows{postfix}",
+            )
+        return self
+
+    def update(self) -> None:
+        """Show the tally as it is now; cheap enough to be called for every request."""
+        now = time.monotonic()
+        if self._bar is None or now - self._refreshed < REFRESH_SECONDS:
+            return
+        tally = self._tally
+        self._refreshed = now
+        if self._started is None:
+            # The clock starts with the first image: what was done before says nothing about the rate.
+            self._started = (now, tally.settled, tally.made)
+        start, settled, made = self._started
+        postfix = _postfix(tally, now - start, tally.settled - settled, tally.made - made, self._total)
+        self._bar.set_postfix_str(postfix, refresh=False)
+        self._bar.update(tally.settled - self._shown)
+        self._bar.refresh()
+        self._shown = tally.settled
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._refreshed = 0.0
+            self.update()
+            self._bar.close()
+
+
+def describe(summary: Summary) -> str:
+    """The sum in words, one or a few lines."""
+    parts = [f"{summary.done} done", f"{summary.refused} refused", f"{summary.failed} failed"]
+    if summary.dropped:
+        parts.append(f"{summary.dropped} dropped")
+    parts.append(f"{summary.pending} pending")
+    lines = [f"{summary.step}: {summary.rows} rows = {' + '.join(parts)}"]
+    if summary.reasons:
+        lines.append("  not done, by reason: " + ", ".join(f"{name} {n}" for name, n in summary.reasons.items()))
+    speed = f", {summary.made / summary.seconds:.1f} images/s" if summary.made and summary.seconds else ""
+    adopted = f", {summary.adopted} adopted" if summary.adopted else ""
+    lines.append(
+        f"  {summary.images} images ({human_bytes(summary.bytes)}); this run made {summary.made}{adopted}"
+        f" in {summary.seconds:.1f} s{speed}"
+    )
+    if summary.output:
+        lines.append(f"  table: {summary.output}")
+    return "\n".join(lines)
+
+
+def human_bytes(count: float) -> str:
+    """``1536`` as ``1.5 kB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _postfix(tally: Tally, elapsed: float, settled: int, made: int, total: int | None) -> str:
+    parts: list[str] = []
+    if elapsed > 0 and made:
+        parts.append(f"{made / elapsed:.2f} images/s")
+        if total and settled:
+            left = int((total - tally.settled) * elapsed / settled)
+            parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+    parts += [f"{tally.counts[status]} {status}" for status in ("refused", "failed") if tally.counts[status]]
+    return ", " + ", ".join(parts) if parts else ""
+
+
+def _interactive() -> bool:
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

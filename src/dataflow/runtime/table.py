@@ -1,0 +1,165 @@
+"""The end of a step: rows and outcomes folded, in input order, into the step's table."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from dataflow.errors import InputError, StepError
+from dataflow.runtime.planner import Planner
+from dataflow.runtime.tally import Tally, worst
+from dataflow.types import BadRow, Drop, Outcome, Plan, Row, Summary
+from dataflow.utils.storage import FileStorage, TableWriter
+
+logger = logging.getLogger(__name__)
+
+Entry = tuple[Row | BadRow, Sequence[Outcome]]
+
+
+def journal_folder(storage: FileStorage) -> Path:
+    """Where the step's journal lies."""
+    return Path(storage.cache_path) / "journal" / storage.step_name
+
+
+def write(plan: Plan, storage: FileStorage, planner: Planner, signature: Mapping[str, Any], seconds: float) -> Summary:
+    """Write the step's table once all requests have ended; nothing is written if nothing changed.
+
+    Raises:
+        StepError: the input table changed while the step ran.
+    """
+    tally = planner.tally
+    state = hashlib.sha256(orjson.dumps([plan.name, plan.outputs, signature]))
+    state.update(planner.book.keys)
+    state.update(planner.book.counts.tobytes())
+    state.update(repr(sorted(planner.index.endings.items())).encode(errors="replace"))
+    state.update(repr(sorted(planner.book.errors.items())).encode(errors="replace"))
+    digest = state.hexdigest()
+    known = load_summary(journal_folder(storage)) or {}
+    output = storage.output_path
+    unchanged = known.get("state") == digest and known.get("output_signature") == _signature(output)
+    entries = _entries(storage, planner)
+    if unchanged:
+        tally.counts["dropped"], tally.counts["done"] = known["dropped"], known["done"]
+        tally.reasons.clear()
+        tally.reasons.update(known["reasons"])
+    else:
+        _keep_other_table(plan, storage, known)
+        _write_entries(plan, storage, tally, entries, signature)
+    summary = tally.summary(storage.step_name, tally.planned, seconds)
+    summary.output = str(output)
+    save_summary(plan, storage, summary, state=digest)
+    return summary
+
+
+def fold_only(plan: Plan, storage: FileStorage) -> Summary:
+    """Run a step that makes nothing (a filter)."""
+    started = time.monotonic()
+    tally = Tally()
+    entries: Iterator[Entry] = ((row, ()) for row in storage.iter_rows())
+    _write_entries(plan, storage, tally, entries, storage.input_signature(), counting=True)
+    summary = tally.summary(storage.step_name, tally.planned, time.monotonic() - started)
+    summary.output = str(storage.output_path)
+    save_summary(plan, storage, summary)
+    return summary
+
+
+def save_summary(plan: Plan, storage: FileStorage, summary: Summary, **facts: object) -> None:
+    """Keep the sum beside the journal, for ``dataflow status``."""
+    folder = journal_folder(storage)
+    folder.mkdir(parents=True, exist_ok=True)
+    body = {
+        "operator": plan.name,
+        "input": str(storage.input_path),
+        **{name: getattr(summary, name) for name in summary.__slots__},
+        "output_signature": _signature(storage.output_path),
+        **facts,
+    }
+    temporary = folder / "summary.json.tmp"
+    temporary.write_bytes(orjson.dumps(body, option=orjson.OPT_INDENT_2))
+    temporary.replace(folder / "summary.json")
+
+
+def load_summary(folder: Path) -> dict[str, Any] | None:
+    """What :func:`save_summary` kept, or None."""
+    try:
+        return orjson.loads((folder / "summary.json").read_bytes())
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return None
+
+
+def _entries(storage: FileStorage, planner: Planner) -> Iterator[Entry]:
+    rows = storage.iter_rows()
+    try:
+        for row, (keys, error) in zip(rows, planner.book, strict=True):
+            if error is not None:
+                failed = Outcome(request_id="", status="failed", reason=error.reason, message=error.message)
+                yield row, (failed,)
+            else:
+                yield row, [planner.outcome(key) for key in keys]
+    except ValueError as error:
+        raise StepError(f"{storage.input_path} changed while the step ran: run again") from error
+
+
+def _write_entries(
+    plan: Plan,
+    storage: FileStorage,
+    tally: Tally,
+    entries: Iterable[Entry],
+    signature: Mapping[str, Any],
+    *,
+    counting: bool = False,
+) -> None:
+    """Fold and write; ``counting``: the rows are not in the tally yet."""
+    dropped_path = storage.dropped_path
+    with storage.open_writer() as out, TableWriter(dropped_path, "jsonl") as dropped:
+        for row, outcomes in entries:
+            if isinstance(row, BadRow):
+                if counting:
+                    tally.add_row([], "failed", "bad_row")
+                dropped.write({"reason": "bad_row", "error": row.error, "raw": row.raw})
+                continue
+            if counting:
+                tally.add_row([], "done", "")
+            try:
+                folded = plan.fold(row, outcomes)
+            except InputError as error:
+                raise StepError(f"{storage.input_path}, row {tally.planned}: {error}") from error
+            if isinstance(folded, Drop):
+                tally.drop(worst(outcome.status for outcome in outcomes), folded.reason)
+                dropped.write({"reason": folded.reason, "row": row})
+            else:
+                out.write(folded)
+        if storage.input_signature() != signature:
+            # Raised before the writer ends: the old table stays.
+            raise StepError(
+                f"{storage.input_path} changed while it was being read. Every image made is kept: run again to write "
+                "the table of the new rows."
+            )
+    if not dropped_path.stat().st_size:
+        dropped_path.unlink()
+
+
+def _keep_other_table(plan: Plan, storage: FileStorage, known: Mapping[str, Any]) -> None:
+    """Move the table of another job out of the way instead of replacing it."""
+    output = storage.output_path
+    same = known.get("operator") == plan.name and known.get("input") == str(storage.input_path)
+    if known and not same and output.exists():
+        kept = output.with_stem(f"{output.stem}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+        output.rename(kept)
+        logger.warning(
+            "%s held the result of %s on %s; it is kept as %s", output, known.get("operator"), known.get("input"), kept
+        )
+
+
+def _signature(path: Path) -> list[int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return [status.st_size, status.st_mtime_ns]

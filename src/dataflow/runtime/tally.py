@@ -1,0 +1,122 @@
+"""The conservation sum: every row of the table is in exactly one place, at any moment."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dataflow.types import Status, Summary
+
+_RANK: dict[Status, int] = {"done": 0, "refused": 1, "failed": 2}
+
+
+@dataclass(slots=True)
+class _OpenRow:
+    left: int
+    status: Status = "done"
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts rows as they are planned (in one thread) and as their requests end (in another).
+
+    A row is ``failed`` if any of its requests failed, else ``refused`` if any was refused, else ``done``.
+
+    Attributes:
+        planned: rows seen so far.
+        counts: settled rows by status.
+        reasons: rows that are not done, by reason.
+        images: images that exist for the rows.
+        bytes: their size.
+        made: images made in this run.
+        adopted: images found whole on disk without a record.
+    """
+
+    planned: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    images: int = 0
+    bytes: int = 0
+    made: int = 0
+    adopted: int = 0
+    _open: dict[int, _OpenRow] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _row_of: dict[bytes, int] = field(default_factory=dict)
+
+    def add_row(self, pending: list[bytes], status: Status, reason: str) -> None:
+        """A row was planned; ``status`` and ``reason`` are the worst of its requests that have ended already."""
+        with self._lock:
+            row = self.planned
+            self.planned += 1
+            if not pending:
+                self._close(status, reason)
+                return
+            self._open[row] = _OpenRow(len(pending), status, reason)
+            for key in pending:
+                self._row_of[key] = row
+
+    def settle(self, key: bytes, status: Status, reason: str = "") -> None:
+        """A request ended."""
+        with self._lock:
+            row = self._row_of.pop(key)
+            state = self._open[row]
+            if worse(state.status, status):
+                state.status, state.reason = status, reason
+            state.left -= 1
+            if not state.left:
+                del self._open[row]
+                self._close(state.status, state.reason)
+
+    def add_images(self, count: int, size: int, *, made: bool = False) -> None:
+        """``count`` images of ``size`` bytes together exist for the rows; ``made``: since this run began."""
+        with self._lock:
+            self.images += count
+            self.bytes += size
+            if made:
+                self.made += count
+
+    @property
+    def settled(self) -> int:
+        return self.counts.total()
+
+    def drop(self, status: Status, reason: str) -> None:
+        """A fold took a settled row out of the table."""
+        self.counts[status] -= 1
+        self.counts["dropped"] += 1
+        self.reasons[reason] += 1
+
+    def summary(self, step: str, rows: int, seconds: float) -> Summary:
+        """The sum, for a table of ``rows`` rows."""
+        return Summary(
+            step=step,
+            rows=rows,
+            done=self.counts["done"],
+            refused=self.counts["refused"],
+            failed=self.counts["failed"],
+            dropped=self.counts["dropped"],
+            pending=rows - self.settled,
+            reasons=dict(self.reasons.most_common()),
+            images=self.images,
+            bytes=self.bytes,
+            made=self.made,
+            adopted=self.adopted,
+            seconds=seconds,
+        )
+
+    def _close(self, status: Status, reason: str) -> None:
+        self.counts[status] += 1
+        if status != "done":
+            self.reasons[reason] += 1
+
+
+def worst(statuses: Iterable[Status]) -> Status:
+    """The status of a row whose requests ended like this."""
+    return max(statuses, key=_RANK.__getitem__, default="done")
+
+
+def worse(first: Status, second: Status) -> bool:
+    """Whether ``second`` is worse than ``first``."""
+    return _RANK[second] > _RANK[first]

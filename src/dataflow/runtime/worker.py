@@ -1,0 +1,359 @@
+"""Where a batch is made: :class:`InlineWorker` here, :class:`ProcessWorker` in a process of its own.
+
+A worker takes two steps with a batch, so that the next one can be generated while the last one is encoded and written:
+:meth:`generate` makes the pictures and keeps them, :meth:`save` writes them and tells their names. Pixels never leave
+the worker; what comes back is one :class:`Made` or one :class:`~dataflow.errors.ServingError` per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from dataflow import __version__
+from dataflow.errors import (
+    BadOutputError,
+    ConfigError,
+    DataflowError,
+    FatalServingError,
+    ImageError,
+    RetryError,
+    ServingError,
+    WorkerDiedError,
+)
+from dataflow.types import GenerationRequest, GenerationResult, SavedImage, Serving
+
+SAVE_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """One request's result, safe on disk."""
+
+    images: tuple[SavedImage, ...] = ()
+    text: str | None = None
+    seconds: float = 0.0
+    usage: Mapping[str, Any] = field(default_factory=dict)
+
+
+Item = Made | ServingError
+
+
+class Worker(Protocol):
+    """One copy of a serving at work. ``concurrency`` batches may be generated at once."""
+
+    concurrency: int
+
+    async def start(self) -> None: ...
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> int: ...
+
+    async def save(self, ticket: int) -> list[Item]: ...
+
+    async def stop(self) -> None: ...
+
+
+class InlineWorker:
+    """Runs a serving in this process.
+
+    Args:
+        serving: set up by :meth:`start`, cleaned up by :meth:`stop`.
+        fingerprint: what the images' metadata says of the model.
+    """
+
+    def __init__(self, serving: Serving, fingerprint: Mapping[str, Any]) -> None:
+        self.serving = serving
+        self.concurrency = serving.concurrency
+        self._fingerprint = dict(fingerprint)
+        self._tickets = itertools.count()
+        self._held: dict[int, tuple[Sequence[GenerationRequest], list[GenerationResult]]] = {}
+        self._savers = ThreadPoolExecutor(SAVE_THREADS, thread_name_prefix="save")
+
+    async def start(self) -> None:
+        """Load the serving.
+
+        Raises:
+            FatalServingError: it does not load.
+        """
+        try:
+            await asyncio.to_thread(self.serving.setup)
+        except (FatalServingError, ConfigError):
+            raise
+        except Exception as error:
+            # Loading runs foreign code that may raise anything, and nothing can be made without it.
+            raise FatalServingError(f"the serving did not start: {type(error).__name__}: {error}") from error
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> int:
+        """Make one batch and keep it; the ticket is for :meth:`save`.
+
+        Raises:
+            ServingError: the batch failed whole.
+        """
+        try:
+            results = await asyncio.wait_for(self.serving.generate(requests), self.serving.timeout)
+        except TimeoutError as error:
+            limit = self.serving.timeout
+            raise RetryError(f"no answer within {limit:g} s" if limit else str(error), reason="timeout") from None
+        except DataflowError:
+            raise
+        except Exception as error:
+            # A serving may raise anything: the engine isolates the request that causes it.
+            raise ServingError(f"{type(error).__name__}: {error}", reason="crash") from error
+        if len(results) != len(requests):
+            raise BadOutputError(f"the serving answered {len(requests)} requests with {len(results)} results")
+        ticket = next(self._tickets)
+        self._held[ticket] = (requests, results)
+        return ticket
+
+    async def save(self, ticket: int) -> list[Item]:
+        """Write the pictures of a batch.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
+        requests, results = self._held.pop(ticket)
+        if not any(result.images for result in results):
+            return [self._save(request, result) for request, result in zip(requests, results, strict=True)]
+        loop = asyncio.get_running_loop()
+        saving = (
+            loop.run_in_executor(self._savers, self._save, request, result)
+            for request, result in zip(requests, results, strict=True)
+        )
+        return await asyncio.gather(*saving)
+
+    async def stop(self) -> None:
+        self._savers.shutdown()
+        await asyncio.to_thread(self.serving.cleanup)
+
+    def _save(self, request: GenerationRequest, result: GenerationResult) -> Item:
+        if result.error is not None:
+            return result.error
+        store = self.serving.image_io
+        if result.images and store is None:
+            return BadOutputError("the serving made an image but has no image_io to keep it", reason="no_image_io")
+        if not result.images and result.text is None:
+            return BadOutputError("the serving answered with neither image nor text", reason="empty_answer")
+        saved = []
+        metadata = self._metadata(request, result)
+        for number, image in enumerate(result.images):
+            assert store is not None
+            name = request.request_id if number == 0 else f"{request.request_id}_{number}"
+            try:
+                saved.append(store.save(image, name, metadata))
+            except ImageError as error:
+                return BadOutputError(f"the answer is not a usable image: {error}", reason=error.reason)
+        return Made(images=tuple(saved), text=result.text, seconds=result.seconds, usage=result.usage)
+
+    def _metadata(self, request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
+        metadata: dict[str, Any] = {
+            "request_id": request.request_id,
+            "prompt": request.prompt,
+            "seed": request.seed,
+            "params": dict(request.params),
+            **self._fingerprint,
+        }
+        if request.negative_prompt is not None:
+            metadata["negative_prompt"] = request.negative_prompt
+        if request.size is not None:
+            metadata["size"] = list(request.size)
+        if request.images:
+            metadata["images"] = list(request.images)
+            metadata["image_hashes"] = list(request.image_hashes)
+        if request.after is not None:
+            metadata["after"] = request.after
+        metadata["software"] = f"open-dataflow {__version__}"
+        metadata["provenance"] = dict(result.provenance)
+        return metadata
+
+
+class ProcessWorker:
+    """Runs a copy of a serving in a process of its own, and starts a new one when it dies.
+
+    The process is started as ``python -m dataflow.runtime.worker`` and not by forking or by importing the caller's main
+    module again, so that scripts need no ``if __name__ == "__main__"`` and CUDA can be used.
+    """
+
+    def __init__(self, serving: Serving, fingerprint: Mapping[str, Any]) -> None:
+        self.concurrency = serving.concurrency
+        self._timeout = serving.timeout
+        try:
+            self._payload = pickle.dumps((serving, dict(fingerprint)))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{type(serving).__name__} cannot be sent to a worker process: {error}") from None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._tickets = itertools.count()
+        self._answers: dict[tuple[str, int], asyncio.Future[Any]] = {}
+        self._send_lock = threading.Lock()
+        self._starting = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the process and wait until its serving is loaded.
+
+        Raises:
+            FatalServingError: the serving does not load.
+        """
+        async with self._starting:
+            if self._process is not None and self._process.poll() is None:
+                return
+            loop = asyncio.get_running_loop()
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "dataflow.runtime.worker", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    # Ctrl-C is the parent's business: it lets the batches in flight end.
+                    start_new_session=True,
+                )
+            connection = self._connection = Connection(ours.detach())
+            ready = self._answers["ready", 0] = loop.create_future()
+            threading.Thread(target=self._listen, args=(connection, loop), daemon=True).start()
+            await asyncio.to_thread(self._send, connection, self._payload)
+            try:
+                await ready
+            except WorkerDiedError as error:
+                raise FatalServingError(f"the worker process ended while it was loading: {error}") from None
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> int:
+        """Make one batch and keep it over there; the ticket is for :meth:`save`.
+
+        Raises:
+            ServingError: the batch failed whole; WorkerDiedError if the process is gone.
+        """
+        await self.start()
+        ticket = next(self._tickets)
+        try:
+            await asyncio.wait_for(self._ask("generate", ticket, requests), self._timeout)
+        except TimeoutError:
+            self._kill()
+            raise RetryError(f"no answer within {self._timeout:g} s; worker restarted", reason="timeout") from None
+        return ticket
+
+    async def save(self, ticket: int) -> list[Item]:
+        """Have the pictures of a batch written.
+
+        Raises:
+            OSError: the disk is full or not writable.
+            WorkerDiedError: the process is gone, the batch with it.
+        """
+        return await self._ask("save", ticket, None)
+
+    async def stop(self) -> None:
+        process, connection = self._process, self._connection
+        if process is None or connection is None:
+            return
+        if process.poll() is None:
+            try:
+                await asyncio.to_thread(self._send, connection, pickle.dumps(("stop", 0, None)))
+                await asyncio.to_thread(process.wait, 30)
+            except (OSError, subprocess.TimeoutExpired):
+                self._kill()
+        connection.close()
+        self._process = self._connection = None
+
+    async def _ask(self, what: str, ticket: int, body: object) -> Any:
+        connection = self._connection
+        if connection is None:
+            raise WorkerDiedError("the worker process is not running")
+        answer = self._answers[what, ticket] = asyncio.get_running_loop().create_future()
+        # On a broken pipe the listener fails every open answer, this one too.
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self._send, connection, pickle.dumps((what, ticket, body)))
+        return await answer
+
+    def _send(self, connection: Connection, data: bytes) -> None:
+        with self._send_lock:
+            connection.send_bytes(data)
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _listen(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            while True:
+                what, ticket, error, body = pickle.loads(connection.recv_bytes())  # noqa: S301  our own child's words
+                loop.call_soon_threadsafe(self._settle, (what, ticket), error, body)
+        except (EOFError, OSError):
+            process = self._process
+            code = process.wait() if process is not None else None
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._abandon, f"exit status {code}")
+
+    def _settle(self, key: tuple[str, int], error: BaseException | None, body: object) -> None:
+        answer = self._answers.pop(key, None)
+        if answer is not None and not answer.done():
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(body)
+
+    def _abandon(self, why: str) -> None:
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(WorkerDiedError(f"the worker process died ({why})"))
+        self._answers.clear()
+
+
+async def _serve(connection: Connection) -> None:
+    """The other side of a :class:`ProcessWorker`: answers until the parent stops it or is gone."""
+    serving, fingerprint = pickle.loads(connection.recv_bytes())  # noqa: S301  our own parent's words
+    worker = InlineWorker(serving, fingerprint)
+    tickets: dict[int, int] = {}
+
+    def answer(what: str, ticket: int, error: BaseException | None, body: object) -> None:
+        connection.send_bytes(pickle.dumps((what, ticket, error, body)))
+
+    async def handle(what: str, ticket: int, body: Any) -> None:
+        try:
+            if what == "generate":
+                tickets[ticket] = await worker.generate(body)
+                answer(what, ticket, None, None)
+            else:
+                answer(what, ticket, None, await worker.save(tickets.pop(ticket)))
+        except (DataflowError, OSError) as error:
+            answer(what, ticket, error, None)
+
+    try:
+        await worker.start()
+    except DataflowError as error:
+        answer("ready", 0, error, None)
+        return
+    answer("ready", 0, None, None)
+    running: set[asyncio.Task[None]] = set()
+    while True:
+        try:
+            data = await asyncio.to_thread(connection.recv_bytes)
+        except (EOFError, OSError):
+            # The parent is gone. What is finished lies on disk under its own name and is adopted by the next run.
+            os._exit(1)
+        what, ticket, body = pickle.loads(data)  # noqa: S301  our own parent's words
+        if what == "stop":
+            break
+        task = asyncio.create_task(handle(what, ticket, body))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    await worker.stop()
+
+
+def main(fd: int) -> None:
+    """Entry point of the worker process; ``fd``: its end of the socket pair."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        asyncio.run(_serve(Connection(fd)))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,613 @@
+"""Table formats: JSON Lines, JSON, CSV, Parquet and pickle, each giving back exactly the rows that were written.
+
+Rows are JSON values under column names (:data:`dataflow.types.Row`), as :mod:`dataflow.utils.exact_json` reads them,
+and are never typed by guessing: "0001" stays text, integers and floats keep every digit, a missing key is not null.
+
+CSV and Parquet are narrower than JSON, so tables written here carry a mark that says how to undo what had to be done:
+
+* CSV ends with an empty column ``__dataflow__``. In a file that has it a cell holds text as it is, or JSON where text
+  would not read back as itself; an empty cell is a missing key. In a file without it all cells are text, except those
+  that begin with ``[`` or ``{`` and are valid JSON.
+* Parquet has the key ``dataflow`` in its schema's metadata. Columns whose values all have one plain type have that
+  type; the others hold JSON text and are listed there. A file without it is read as its own types say.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import orjson
+
+from dataflow.errors import InputError, MissingExtraError
+from dataflow.types import BadRow, Row
+from dataflow.utils.exact_json import describe, dumps, loads, loads_leniently, may_hold_long_integers
+
+TableFormat = Literal["jsonl", "json", "csv", "parquet", "pickle"]
+
+MARK = "__dataflow__"
+"""Name of the column that CSV and Parquet tables written here may have and that no row may use."""
+
+_METADATA_KEY = b"dataflow"
+_RAW_LIMIT = 10_000
+_BLOCK_BYTES = 1 << 16
+_COUNT_BLOCK_BYTES = 1 << 20
+_ROW_GROUP_BYTES = 8 << 20
+_BATCH_ROWS = 512
+_BOM = b"\xef\xbb\xbf"
+_JSON_BLANKS = b" \t\r"
+
+_FOREIGN = {
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
+    b"PK\x03\x04": "a zip archive or an Excel workbook; unpack or export it first",
+    b"PAR1": "a Parquet table; name it .parquet",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+}
+
+
+def read_table(path: Path, kind: TableFormat) -> Iterator[Row | BadRow]:
+    """The rows of a file in order; constant memory for ``jsonl``, ``csv`` and ``parquet``.
+
+    Pieces that are not rows come as :class:`BadRow`, in their place. Unpickling runs code: the caller must have asked.
+
+    Raises:
+        InputError: the file as a whole cannot be read.
+        MissingExtraError: ``parquet`` without pyarrow.
+    """
+    try:
+        yield from _READERS[kind](path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def count_table(path: Path, kind: TableFormat) -> int | None:
+    """How many items :func:`read_table` will give, or None where finding out costs as much as reading.
+
+    Raises:
+        InputError: the file as a whole cannot be read.
+        MissingExtraError: ``parquet`` without pyarrow.
+    """
+    try:
+        return _COUNTERS[kind](path) if kind in _COUNTERS else None
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def convert_rows(rows: BinaryIO, kind: TableFormat, target: BinaryIO) -> None:
+    """Turn a file of JSON Lines, open for reading, into a table of another format.
+
+    Raises:
+        InputError: Parquet cannot hold a column's name.
+        MissingExtraError: ``parquet`` without pyarrow.
+    """
+    _CONVERTERS[kind](rows, target)
+
+
+def require(kind: TableFormat) -> None:
+    """Raise :class:`MissingExtraError` now rather than after hours of work, if ``kind`` needs what is not installed."""
+    if kind == "parquet":
+        _pyarrow()
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """The error to raise when the operating system will not let ``path`` be read."""
+    return InputError(f"cannot be read: {error.strerror or error}", path=path)
+
+
+def _refuse_foreign(path: Path, head: bytes) -> None:
+    for signature, what in _FOREIGN.items():
+        if head.startswith(signature):
+            raise InputError(f"this file is {what}", path=path)
+
+
+def _show(raw: bytes) -> str:
+    return raw[: 4 * _RAW_LIMIT].decode("utf-8", "replace")[:_RAW_LIMIT]
+
+
+# JSON Lines ----------------------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
+    with path.open("rb") as file:
+        _refuse_foreign(path, file.peek(4))
+        number = 0
+        while block := file.read(_BLOCK_BYTES) + file.readline():
+            # Looking for long integers once per block instead of once per line keeps this near the speed of orjson.
+            parse = loads if may_hold_long_integers(block) else orjson.loads
+            lines = block.split(b"\n")
+            if not lines[-1]:
+                lines.pop()
+            for line in lines:
+                number += 1
+                try:
+                    row = parse(line)
+                except ValueError:
+                    if not line.translate(None, _JSON_BLANKS):
+                        continue
+                    row = _parse_odd_line(line, number)
+                if type(row) is dict or type(row) is BadRow:
+                    yield row
+                else:
+                    yield BadRow(raw=_show(line), error=f"line {number}: {_not_an_object(row)}")
+
+
+def _parse_odd_line(line: bytes, number: int) -> Any:
+    try:
+        return loads_leniently(line)
+    except ValueError as error:
+        return BadRow(raw=_show(line), error=describe(error, number))
+
+
+def _not_an_object(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    hint = "; a file that is one JSON array must be named .json" if isinstance(value, list) else ""
+    return f"expected a JSON object, found {names.get(type(value), 'a number')}{hint}"
+
+
+def _count_jsonl(path: Path) -> int:
+    """Lines that hold more than blanks, as :func:`_read_jsonl` counts them."""
+    count, open_line = 0, False
+    with path.open("rb") as file:
+        _refuse_foreign(path, file.peek(4))
+        for block in iter(lambda: file.read(_COUNT_BLOCK_BYTES), b""):
+            text = block.translate(None, _JSON_BLANKS)
+            while b"\n\n" in text:
+                text = text.replace(b"\n\n", b"\n")
+            if text:
+                count += text.count(b"\n") - (text.startswith(b"\n") and not open_line)
+                open_line = not text.endswith(b"\n")
+    return count + open_line
+
+
+# JSON ----------------------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> Iterator[Row | BadRow]:
+    """An array of objects, one object, or JSON Lines under the wrong name. Held in memory as a whole."""
+    data = path.read_bytes()
+    _refuse_foreign(path, data[:4])
+    data = data.removeprefix(_BOM)
+    if not data.strip():
+        raise InputError("the file is empty; expected a JSON array of objects", path=path)
+    try:
+        table = loads(data)
+    except ValueError as error:
+        if _begins_like_json_lines(data):
+            yield from _read_jsonl(path)
+            return
+        raise InputError(f"not valid JSON: {describe(error)}", path=path) from error
+    if isinstance(table, dict):
+        table = [table]
+    if not isinstance(table, list):
+        raise InputError("expected a JSON array of objects", path=path)
+    for number, row in enumerate(table, 1):
+        if isinstance(row, dict):
+            yield row
+        else:
+            yield BadRow(raw=_show(dumps(row)), error=f"element {number}: expected an object")
+
+
+def _begins_like_json_lines(data: bytes) -> bool:
+    try:
+        return isinstance(loads(data.lstrip().partition(b"\n")[0]), dict)
+    except ValueError:
+        return False
+
+
+def _convert_to_json(spool: BinaryIO, target: BinaryIO) -> None:
+    separator = b"[\n"
+    for line in spool:
+        target.write(separator)
+        target.write(line.rstrip(b"\n"))
+        separator = b",\n"
+    target.write(b"[]\n" if separator == b"[\n" else b"\n]\n")
+
+
+# CSV -----------------------------------------------------------------------------------------------------------------
+
+_MISSING = object()
+_JSON_WORDS = {"null": None, "true": True, "false": False}
+
+
+class _CsvLines:
+    """Decoded lines of a file for :mod:`csv`, and what the record under way was made of."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.number = 0
+        self.begin_record()
+
+    def begin_record(self) -> None:
+        self.first = self.number + 1
+        self.lines: list[bytes] = []
+        self.decode_error: UnicodeDecodeError | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline()
+        if not line:
+            raise StopIteration
+        self.lines.append(line)
+        self.number += 1
+        try:
+            return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            self.decode_error = error
+            return line.decode("utf-8", "replace")
+
+    def bad(self, reason: str) -> BadRow:
+        return BadRow(raw=_show(b"".join(self.lines)), error=reason)
+
+
+def _csv_records(path: Path) -> Iterator[tuple[list[str], _CsvLines] | BadRow]:
+    """Cells of every record that is not blank, the header included, with the lines they came from."""
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
+    with path.open("rb") as file:
+        _refuse_foreign(path, file.peek(4))
+        lines = _CsvLines(file)
+        # Not strict, a quote that is never closed swallows the rest of the table without a word.
+        reader = csv.reader(lines, strict=True)
+        while True:
+            lines.begin_record()
+            try:
+                record = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                hint = " (a quote is never closed)" if "unexpected end" in str(error) else ""
+                yield lines.bad(f"line {lines.first}: {error}{hint}")
+                continue
+            if lines.decode_error:
+                yield lines.bad(describe(lines.decode_error, lines.number))
+            elif record:
+                yield record, lines
+
+
+def _csv_header(path: Path, records: Iterator[tuple[list[str], _CsvLines] | BadRow]) -> list[str]:
+    header = next(records, None)
+    if header is None:
+        raise InputError("the file is empty; its first line must name the columns", path=path)
+    if isinstance(header, BadRow):
+        raise InputError(f"the header cannot be read: {header.error}", path=path)
+    names = header[0]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError("the header names this column more than once", path=path, field=name)
+    return names
+
+
+def _read_csv(path: Path) -> Iterator[Row | BadRow]:
+    records = _csv_records(path)
+    names = _csv_header(path, records)
+    ours = MARK in names
+    decode = decode_cell if ours else _decode_foreign_cell
+    if ours:
+        names = [_decode_name(name) for name in names]
+    for record in records:
+        if isinstance(record, BadRow):
+            yield record
+            continue
+        cells, lines = record
+        if len(cells) != len(names):
+            yield lines.bad(f"line {lines.first}: {len(cells)} cells under a header of {len(names)} columns")
+            continue
+        row = {name: decode(cell) for name, cell in zip(names, cells, strict=True) if name != MARK}
+        yield {name: value for name, value in row.items() if value is not _MISSING} if ours else row
+
+
+def _decode_name(cell: str) -> str:
+    name = decode_cell(cell)
+    return name if isinstance(name, str) else cell
+
+
+def _count_csv(path: Path) -> int:
+    records = _csv_records(path)
+    _csv_header(path, records)
+    return sum(1 for _ in records)
+
+
+def _decode_foreign_cell(cell: str) -> Any:
+    if cell[:1] not in ("[", "{"):
+        return cell
+    try:
+        return loads(cell.encode())
+    except ValueError:
+        return cell
+
+
+def decode_cell(cell: str) -> Any:
+    """The value in a cell that :func:`encode_cell` made; ``cell`` itself where it is text that stands for itself."""
+    if not cell:
+        return _MISSING
+    if cell in _JSON_WORDS:
+        return _JSON_WORDS[cell]
+    if cell[0] not in '"[{-0123456789':
+        return cell
+    try:
+        return loads(cell.encode())
+    except ValueError:
+        return cell
+
+
+def encode_cell(value: Any) -> str:
+    """A cell that :func:`decode_cell` turns into ``value``: text as it is if it reads back as itself, else JSON."""
+    if isinstance(value, str) and decode_cell(value) is value and _is_utf8(value):
+        return value
+    return dumps(value).decode()
+
+
+def _is_utf8(text: str) -> bool:
+    """False for text with lone surrogates, which no file but ASCII JSON can hold."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _convert_to_csv(spool: BinaryIO, target: BinaryIO) -> None:
+    names = list(dict.fromkeys(name for line in spool for name in loads(line)))
+    spool.seek(0)
+    text = io.TextIOWrapper(target, encoding="utf-8", newline="")
+    try:
+        writer = csv.writer(text)
+        writer.writerow([*map(encode_cell, names), MARK])
+        for line in spool:
+            row = loads(line)
+            writer.writerow([*(encode_cell(row[name]) if name in row else "" for name in names), ""])
+    finally:
+        text.detach()
+
+
+# Parquet -------------------------------------------------------------------------------------------------------------
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtraError("pyarrow", "parquet", "a parquet table") from error
+    return pyarrow, pyarrow.parquet
+
+
+@dataclass(slots=True)
+class _Column:
+    """What is known of a column: the one type of its values (None: no value yet), and how often it is there."""
+
+    kind: str | None = None
+    present: int = 0
+    nulls: int = 0
+
+    def add(self, value: Any) -> None:
+        self.present += 1
+        if value is None:
+            self.nulls += 1
+        elif self.kind != "json":
+            kind = _kind(value)
+            self.kind = kind if self.kind in (None, kind) else "json"
+
+    def finish(self, rows: int) -> None:
+        # Parquet has one kind of nothing. As JSON text, null is a value and the other kind is free for "missing".
+        if self.nulls and self.present < rows:
+            self.kind = "json"
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case bool():
+            return "bool"
+        case int() if -(2**63) <= value < 2**63:
+            return "int"
+        case float():
+            return "float"
+        case str() if _is_utf8(value):
+            return "text"
+        case list() if all(isinstance(item, str) and _is_utf8(item) for item in value):
+            return "texts"
+    return "json"
+
+
+def _infer_columns(rows: Iterable[Row]) -> tuple[dict[str, _Column], int]:
+    columns: dict[str, _Column] = {}
+    count = 0
+    for row in rows:
+        count += 1
+        for name, value in row.items():
+            columns.setdefault(name, _Column()).add(value)
+    for column in columns.values():
+        column.finish(count)
+    return columns, count
+
+
+def _convert_to_parquet(spool: BinaryIO, target: BinaryIO) -> None:
+    pa, pq = _pyarrow()
+    columns, count = _infer_columns(map(loads, spool))
+    for name in columns:
+        if not _is_utf8(name):
+            raise InputError("parquet cannot hold a column of this name", field=name)
+    types = {
+        "bool": pa.bool_(),
+        "int": pa.int64(),
+        "float": pa.float64(),
+        "text": pa.string(),
+        "texts": pa.list_(pa.string()),
+        "json": pa.string(),
+        None: pa.string(),
+    }
+    fields = [pa.field(name, types[column.kind]) for name, column in columns.items()]
+    if not fields:
+        # Without a column a Parquet file cannot say how many rows it has.
+        fields = [pa.field(MARK, pa.null())]
+    notes = {
+        "json": [name for name, column in columns.items() if column.kind == "json"],
+        "missing": [name for name, column in columns.items() if column.present < count],
+    }
+    schema = pa.schema(fields, metadata={_METADATA_KEY: orjson.dumps(notes)})
+    spool.seek(0)
+    with pq.ParquetWriter(target, schema) as writer:
+        for rows in _row_groups(spool):
+            arrays = [
+                pa.array(_json_cells(name, rows) if column.kind == "json" else _cells(name, rows), types[column.kind])
+                for name, column in columns.items()
+            ]
+            writer.write_table(pa.Table.from_arrays(arrays or [pa.nulls(len(rows))], schema=schema))
+
+
+def _row_groups(spool: BinaryIO) -> Iterator[list[Row]]:
+    rows, size = [], 0
+    for line in spool:
+        rows.append(loads(line))
+        size += len(line)
+        if size >= _ROW_GROUP_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def _cells(name: str, rows: list[Row]) -> list[Any]:
+    return [row.get(name) for row in rows]
+
+
+def _json_cells(name: str, rows: list[Row]) -> list[str | None]:
+    return [dumps(row[name]).decode() if name in row else None for row in rows]
+
+
+def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
+    pa, pq = _pyarrow()
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if len(set(schema.names)) < len(schema.names):
+                raise InputError("two columns have the same name", path=path)
+            notes = (schema.metadata or {}).get(_METADATA_KEY)
+            restore = _plain_row if notes is None else _restorer(orjson.loads(notes), schema)
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    try:
+                        yield restore(row)
+                    except (TypeError, ValueError) as error:
+                        yield BadRow(raw=repr(row)[:_RAW_LIMIT], error=str(error))
+    except (pa.ArrowException, OverflowError, ValueError) as error:
+        raise InputError(f"not a readable parquet table: {error}", path=path) from error
+
+
+def _plain_row(row: Row) -> Row:
+    """Dates, decimals, bytes and NaN as JSON has them."""
+    return loads(dumps(row))
+
+
+def _restorer(notes: dict[str, list[str]], schema: Any) -> Callable[[Row], Row]:
+    """Undo what :func:`_convert_to_parquet` did, for the columns that are still as it wrote them."""
+    encoded = [name for name in notes["json"] if name in schema.names and str(schema.field(name).type) == "string"]
+    missing = [MARK, *notes["missing"]]
+
+    def restore(row: Row) -> Row:
+        for name in missing:
+            if row.get(name) is None:
+                row.pop(name, None)
+        for name in encoded:
+            if row.get(name) is not None:
+                row[name] = loads(row[name].encode())
+        return row
+
+    return restore
+
+
+def _count_parquet(path: Path) -> int:
+    pa, pq = _pyarrow()
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.metadata.num_rows
+    except pa.ArrowException as error:
+        raise InputError(f"not a readable parquet table: {error}", path=path) from error
+
+
+# Pickle --------------------------------------------------------------------------------------------------------------
+
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+
+
+def _read_pickle(path: Path) -> Iterator[Row | BadRow]:
+    """A list of dicts or a DataFrame. Held in memory as a whole."""
+    with path.open("rb") as file:
+        try:
+            table = pickle.load(file)  # noqa: S301 - the user allowed it by name
+        except _UNPICKLING_ERRORS as error:
+            raise InputError(f"not a readable pickle: {type(error).__name__}: {error}", path=path) from error
+    rows = frame_rows(table) if is_frame(table) else table
+    if not isinstance(rows, Iterable):
+        raise InputError(f"expected a list of dicts or a DataFrame, found {type(table).__name__}", path=path)
+    for number, row in enumerate(rows, 1):
+        try:
+            if not isinstance(row, dict):
+                raise TypeError(f"expected a dict, found {type(row).__name__}")
+            yield _plain_row(row)
+        except TypeError as error:
+            yield BadRow(raw=repr(row)[:_RAW_LIMIT], error=f"element {number}: {error}")
+
+
+def _convert_to_pickle(spool: BinaryIO, target: BinaryIO) -> None:
+    pickle.dump([loads(line) for line in spool], target, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+# DataFrames ----------------------------------------------------------------------------------------------------------
+
+
+def is_frame(table: object) -> bool:
+    """Whether this is a pandas DataFrame, found out without importing pandas."""
+    return any(base.__name__ == "DataFrame" and base.__module__.startswith("pandas") for base in type(table).__mro__)
+
+
+def frame_rows(frame: Any) -> Iterator[Row]:
+    """The rows of a DataFrame; what pandas calls missing (NaN, NaT, NA) is None.
+
+    Raises:
+        InputError: two columns have the same name.
+    """
+    if not frame.columns.is_unique:
+        raise InputError(f"the DataFrame has several columns named {frame.columns[frame.columns.duplicated()][0]!r}")
+    for start in range(0, len(frame), 10_000):
+        part = frame.iloc[start : start + 10_000].astype(object)
+        yield from part.where(part.notna(), None).to_dict("records")
+
+
+_READERS: dict[TableFormat, Callable[[Path], Iterator[Row | BadRow]]] = {
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "pickle": _read_pickle,
+}
+_COUNTERS: dict[TableFormat, Callable[[Path], int]] = {
+    "jsonl": _count_jsonl,
+    "csv": _count_csv,
+    "parquet": _count_parquet,
+}
+_CONVERTERS: dict[TableFormat, Callable[[BinaryIO, BinaryIO], None]] = {
+    "json": _convert_to_json,
+    "csv": _convert_to_csv,
+    "parquet": _convert_to_parquet,
+    "pickle": _convert_to_pickle,
+}

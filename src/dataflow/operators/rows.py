@@ -16,6 +16,8 @@ NUMBER_PARAMS = ("guidance_scale", "true_cfg_scale", "image_guidance_scale", "st
 OVERRIDE_COLUMNS = ("negative_prompt", "height", "width", "seed", *INTEGER_PARAMS, *NUMBER_PARAMS)
 """Columns in which a row overrides the serving's defaults; an empty cell overrides nothing."""
 
+_OVERRIDES = frozenset(OVERRIDE_COLUMNS)
+
 
 def user_turns(row: Row, column: str) -> list[str]:
     """The prompts of a conversation: the content of its user turns, in order.
@@ -72,6 +74,8 @@ def overrides(row: Row) -> dict[str, Any]:
     Raises:
         InputError: a value has the wrong type or range.
     """
+    if _OVERRIDES.isdisjoint(row):
+        return {}
     found: dict[str, Any] = {}
     negative = row.get("negative_prompt")
     if not _is_empty(negative):

@@ -112,6 +112,9 @@ class Index:
         """Bytes of the request's images together."""
         return self.packed[key] >> _FLAG_BITS
 
+    def image_count(self, key: bytes) -> int:
+        return 1 if self.packed[key] & _ONE_IMAGE else len(self.records[key]["img"])
+
     def names(self, key: bytes) -> list[str]:
         """File names of a done request's images, relative to their store."""
         value = self.packed[key]

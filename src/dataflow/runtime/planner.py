@@ -168,10 +168,14 @@ class Planner:
             return
         index, tally = self.index, self.tally
         self.book.add([identity.key for identity in identities])
-        if all(index.is_done(identity.key) for identity in identities):
-            for identity in identities:
-                tally.add_images(1, index.size(identity.key))
-            tally.add_row([], "done", "")
+        images = size = 0
+        for key, _, _ in identities:
+            if not index.is_done(key):
+                break
+            images += index.image_count(key)
+            size += index.size(key)
+        else:
+            tally.add_done_row(images, size)
             return
         status: Status = "done"
         reason = ""
@@ -187,7 +191,7 @@ class Planner:
             elif ending is not None and worse(status, ending_status := _status(ending)):
                 status, reason = ending_status, ending.reason
             elif ending is None:
-                tally.add_images(1, index.size(identity.key))
+                tally.add_images(index.image_count(identity.key), index.size(identity.key))
         tally.add_row([bytes.fromhex(request.request_id) for request in pending], status, reason)
         waiting = {request.request_id for request in pending}
         for draft, request in drafts_of:

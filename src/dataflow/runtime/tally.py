@@ -58,6 +58,14 @@ class Tally:
             for key in pending:
                 self._row_of[key] = row
 
+    def add_done_row(self, images: int, size: int) -> None:
+        """A row was planned of which everything was done before."""
+        with self._lock:
+            self.planned += 1
+            self.counts["done"] += 1
+            self.images += images
+            self.bytes += size
+
     def settle(self, key: bytes, status: Status, reason: str = "") -> None:
         """A request ended."""
         with self._lock:

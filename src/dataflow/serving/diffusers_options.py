@@ -1,0 +1,269 @@
+"""Named ways to make a diffusers pipeline faster or smaller, each handed to diffusers' own interface."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dataflow.errors import ConfigError, MissingExtraError
+
+log = logging.getLogger(__name__)
+
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+TORCHAO = {
+    "int8wo": "Int8WeightOnlyConfig",
+    "int8dq": "Int8DynamicActivationInt8WeightConfig",
+    "int4wo": "Int4WeightOnlyConfig",
+    "fp8wo": "Float8WeightOnlyConfig",
+    "fp8dq": "Float8DynamicActivationFloat8WeightConfig",
+}
+"""Short names of torchao's configurations; its class names work too."""
+
+
+def import_library(name: str) -> Any:
+    """Import torch or diffusers, without a type: their lazy exports mean nothing to a type checker.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(name, "local", "running a model on this machine") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """See :class:`~dataflow.serving.local_image_gen_serving.LocalImageGenServing` for what each one means.
+
+    Raises:
+        ConfigError: a value is not one of those that exist.
+    """
+
+    scheduler: str | None = None
+    compile: bool | Literal["regional", "full"] = False
+    attention_backend: str | None = None
+    quantization: str | Mapping[str, Any] | None = None
+    step_cache: str | None = None
+    offload: Literal["model", "sequential", "group"] | None = None
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("compile", self.compile, (False, True, "regional", "full"))
+        _one_of("offload", self.offload, (None, "model", "sequential", "group"))
+        if self.step_cache is not None:
+            parse_step_cache(self.step_cache)
+        if isinstance(self.quantization, str):
+            _split_quantization(self.quantization)
+
+    def identity(self) -> dict[str, Any]:
+        """The options that change pixels beyond rounding, as JSON; those that are off left out."""
+        facts = {
+            "scheduler": self.scheduler,
+            "attention_backend": self.attention_backend,
+            "quantization": self.quantization,
+            "step_cache": self.step_cache,
+            "vae_tiling": self.vae_tiling,
+        }
+        return {name: value for name, value in facts.items() if value}
+
+
+def parse_step_cache(text: str) -> tuple[str, float]:
+    """``first_block:0.08`` (threshold, 0 to 1) or ``taylorseer:5`` (steps between full ones, from 2).
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    kind, _, number = text.partition(":")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if (kind == "first_block" and 0 < value < 1) or (kind == "taylorseer" and value >= 2 and value.is_integer()):
+        return kind, value
+    raise ConfigError(f"step_cache must be like 'first_block:0.08' or 'taylorseer:5', got {text!r}")
+
+
+def parse_devices(device: str | Sequence[str]) -> tuple[str, ...]:
+    """``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:1``, or a list of those, as a tuple.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    names = (device,) if isinstance(device, str) else tuple(device)
+    for name in names:
+        if not isinstance(name, str) or not _DEVICE.fullmatch(name) or (name == "auto" and len(names) > 1):
+            raise ConfigError(
+                f"device must be 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' or a list of those, got {device!r}"
+            )
+    if not names:
+        raise ConfigError("device must name at least one device, got an empty list")
+    return names
+
+
+def parse_lora(lora: str | Sequence[str | tuple[str, float]] | None) -> tuple[tuple[str, float], ...]:
+    """Adapters as (name, scale): a name alone has scale 1, ``"name@0.8"`` says it.
+
+    Raises:
+        ConfigError: an entry is none of those.
+    """
+    entries = [] if lora is None else [lora] if isinstance(lora, str) else list(lora)
+    found = []
+    for entry in entries:
+        if isinstance(entry, str):
+            name, at, tail = entry.rpartition("@")
+            try:
+                name, scale = (name, float(tail)) if at else (entry, 1.0)
+            except ValueError:
+                name, scale = entry, 1.0
+        else:
+            name, scale = entry
+        if not name or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ConfigError(f"lora must be names or (name, scale) pairs, got {entry!r}")
+        found.append((name, float(scale)))
+    return tuple(found)
+
+
+def quantization_config(quantization: str | Mapping[str, Any], denoiser: str, dtype: Any) -> Any:
+    """What ``from_pretrained`` takes as ``quantization_config``; the denoiser is quantized unless a mapping says else.
+
+    Raises:
+        ConfigError: the library is missing, or does not take it.
+    """
+    diffusers = import_library("diffusers")
+    if not isinstance(quantization, str):
+        return diffusers.PipelineQuantizationConfig(**quantization)
+    backend, kind = _split_quantization(quantization)
+    try:
+        if backend == "torchao":
+            ao = importlib.import_module("torchao.quantization")
+            config = diffusers.TorchAoConfig(getattr(ao, TORCHAO.get(kind, kind))())
+        elif kind == "4bit":
+            config = diffusers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        else:
+            config = diffusers.BitsAndBytesConfig(load_in_8bit=True)
+        return diffusers.PipelineQuantizationConfig(quant_mapping={denoiser: config})
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        library = "torchao" if backend == "torchao" else "bitsandbytes"
+        raise ConfigError(f"quantization {quantization!r} needs {library}: {type(error).__name__}: {error}") from error
+
+
+def place(pipe: Any, options: Options, device: str) -> None:
+    """Put the pipeline on its device, whole or piece by piece as it is needed.
+
+    Raises:
+        ConfigError: offloading without an accelerator.
+    """
+    if options.offload is None:
+        pipe.to(device)
+        return
+    if device == "cpu":
+        raise ConfigError(
+            f"offload={options.offload!r} moves weights between an accelerator and the CPU; there is none"
+        )
+    if options.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif options.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        torch = import_library("torch")
+        pipe.enable_group_offload(
+            onload_device=torch.device(device), offload_type="leaf_level", use_stream=device.startswith("cuda")
+        )
+
+
+def apply(pipe: Any, options: Options) -> None:
+    """Switch on what the options name, on a loaded pipeline.
+
+    Raises:
+        ConfigError: the pipeline has no such thing.
+    """
+    denoiser = getattr(pipe, denoiser_name(pipe.components))
+    if options.scheduler is not None:
+        pipe.scheduler = _scheduler(options.scheduler).from_config(pipe.scheduler.config)
+    if options.attention_backend is not None:
+        require(denoiser, "set_attention_backend", "attention_backend")(options.attention_backend)
+    if options.step_cache is not None:
+        require(denoiser, "enable_cache", "step_cache")(_cache_config(options.step_cache))
+    if options.vae_slicing:
+        require(pipe.vae, "enable_slicing", "vae_slicing")()
+    if options.vae_tiling:
+        require(pipe.vae, "enable_tiling", "vae_tiling")()
+    if options.channels_last:
+        torch = import_library("torch")
+        for module in (denoiser, pipe.vae):
+            if all(parameter.dim() != 5 for parameter in module.parameters()):
+                module.to(memory_format=torch.channels_last)
+    if options.compile == "full":
+        denoiser.compile()
+    elif options.compile:
+        require(denoiser, "compile_repeated_blocks", "compile")()
+
+
+def denoiser_name(components: Mapping[str, Any]) -> str:
+    """``transformer`` or ``unet``, whichever the pipeline has.
+
+    Raises:
+        ConfigError: it has neither.
+    """
+    for name in ("transformer", "unet", "prior"):
+        if components.get(name) is not None:
+            return name
+    raise ConfigError(f"no transformer or unet among the pipeline's components ({', '.join(components)})")
+
+
+def _cache_config(text: str) -> Any:
+    diffusers = import_library("diffusers")
+    kind, value = parse_step_cache(text)
+    if kind == "first_block":
+        return diffusers.FirstBlockCacheConfig(threshold=value)
+    return diffusers.TaylorSeerCacheConfig(cache_interval=int(value))
+
+
+def _scheduler(name: str) -> Any:
+    diffusers = import_library("diffusers")
+    found = getattr(diffusers, name, None)
+    if found is None or not name.endswith("Scheduler"):
+        raise ConfigError(
+            f"scheduler must be a class of diffusers such as 'FlowMatchEulerDiscreteScheduler', got {name!r}"
+        )
+    return found
+
+
+def require(thing: Any, method: str, option: str) -> Any:
+    """A method that not every class has.
+
+    Raises:
+        ConfigError: this one has it not.
+    """
+    found = getattr(thing, method, None)
+    if found is None:
+        raise ConfigError(f"{option}: {type(thing).__name__} has no {method}() in the installed diffusers")
+    return found
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _split_quantization(text: str) -> tuple[str, str]:
+    backend, _, kind = text.partition(":")
+    if (backend == "torchao" and (kind in TORCHAO or kind.endswith("Config"))) or (
+        backend == "bnb" and kind in ("4bit", "8bit")
+    ):
+        return backend, kind
+    raise ConfigError(
+        f"quantization must be 'torchao:' with one of {', '.join(TORCHAO)}, 'bnb:4bit', 'bnb:8bit' or a mapping for"
+        f" PipelineQuantizationConfig, got {text!r}"
+    )

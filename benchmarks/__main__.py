@@ -1,0 +1,34 @@
+"""Runs every benchmark and writes RESULTS.md beside this file: ``make bench``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks import engine, imports, overhead, resume
+
+
+def main() -> None:
+    parts = [
+        "# Results",
+        "",
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), "
+        + f"Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "pillow", "orjson"))
+        + ". Read ratios, not absolute times: the machine is shared.",
+        "",
+    ]
+    for benchmark in (overhead, engine, resume, imports):
+        print(f"{benchmark.__name__} ...", file=sys.stderr)
+        result = benchmark.run().markdown()
+        print(result)
+        parts.append(result)
+    Path(__file__).with_name("RESULTS.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

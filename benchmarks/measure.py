@@ -1,0 +1,61 @@
+"""What the benchmarks share: a table of results, and a program run in a process of its own with its cost."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Result:
+    """One question's answer.
+
+    Attributes:
+        question: what was asked.
+        columns: headings.
+        rows: cells.
+        aim: what we want the figure to be.
+        notes: how it was measured, and what to keep in mind.
+    """
+
+    question: str
+    columns: list[str]
+    rows: list[list[str]]
+    aim: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        lines = [f"## {self.question}", ""]
+        if self.aim:
+            lines += [f"Aim: {self.aim}.", ""]
+        lines += ["| " + " | ".join(self.columns) + " |", "|" + " --- |" * len(self.columns)]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines).rstrip() + "\n"
+
+
+def spread(values: list[float], unit: str = "", digits: int = 3) -> str:
+    """Median and range of repeated measurements, as text."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f}{unit} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def run_python(code: str, *arguments: str) -> dict[str, float]:
+    """Run code in a new interpreter; it prints one JSON object as its last line. Adds ``peak_mb`` of that process."""
+    program = (
+        f"{code}\nimport resource as _r; print(_r.getrusage(_r.RUSAGE_SELF).ru_maxrss / 1024)"
+        if "resource" not in code
+        else code
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    return {**json.loads(done[-2]), "peak_mb": float(done[-1])}
+
+
+def own_peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

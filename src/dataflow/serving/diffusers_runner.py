@@ -363,14 +363,17 @@ class _no_bars:  # noqa: N801 - reads as a statement
 
 
 class _OncePerMessage(logging.Filter):
-    """Lets every kind of message of a pipeline through once: a truncated prompt is reported in full each time else."""
+    """Lets every kind of a pipeline's messages through once, and short: else a truncated prompt is quoted each time."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        kind = str(record.msg)[:50]
+        text = str(record.msg)
+        if len(text) > 300:
+            record.msg = text[:300] + "…"
+        kind = text[:80]
         new = kind not in self._seen
         self._seen.add(kind)
         return new

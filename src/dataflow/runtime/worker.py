@@ -25,10 +25,12 @@ from typing import Any, Protocol
 from dataflow import __version__
 from dataflow.errors import (
     BadOutputError,
+    BadRequestError,
     ConfigError,
     DataflowError,
     FatalServingError,
     ImageError,
+    InputError,
     RetryError,
     ServingError,
     WorkerDiedError,
@@ -36,6 +38,11 @@ from dataflow.errors import (
 from dataflow.types import GenerationRequest, GenerationResult, SavedImage, Serving
 
 SAVE_THREADS = 4
+STOP_SECONDS = 30.0
+"""How long a worker process may take to end."""
+
+# Not "-m": the module would be "__main__" over there, and what it sends could not be unpacked here.
+_ENTRY = "import sys; from dataflow.runtime.worker import main; main(int(sys.argv[1]))"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +70,10 @@ class Worker(Protocol):
     async def save(self, ticket: int) -> list[Item]: ...
 
     async def stop(self) -> None: ...
+
+    def give_up(self) -> None:
+        """Drop what is under way; :meth:`stop` follows."""
+        ...
 
 
 class InlineWorker:
@@ -106,6 +117,8 @@ class InlineWorker:
         except TimeoutError as error:
             limit = self.serving.timeout
             raise RetryError(f"no answer within {limit:g} s" if limit else str(error), reason="timeout") from None
+        except InputError as error:
+            raise BadRequestError(str(error), reason="bad_input") from error
         except DataflowError:
             raise
         except Exception as error:
@@ -137,6 +150,9 @@ class InlineWorker:
         self._savers.shutdown()
         await asyncio.to_thread(self.serving.cleanup)
 
+    def give_up(self) -> None:
+        pass  # the engine cancels the call
+
     def _save(self, request: GenerationRequest, result: GenerationResult) -> Item:
         if result.error is not None:
             return result.error
@@ -154,7 +170,12 @@ class InlineWorker:
                 saved.append(store.save(image, name, metadata))
             except ImageError as error:
                 return BadOutputError(f"the answer is not a usable image: {error}", reason=error.reason)
-        return Made(images=tuple(saved), text=result.text, seconds=result.seconds, usage=result.usage)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                return BadOutputError(f"the answer cannot be saved: {type(error).__name__}: {error}", reason="crash")
+        text = None if result.text is None else result.text.encode(errors="replace").decode()
+        return Made(images=tuple(saved), text=text, seconds=result.seconds, usage=result.usage)
 
     def _metadata(self, request: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
         metadata: dict[str, Any] = {
@@ -181,7 +202,7 @@ class InlineWorker:
 class ProcessWorker:
     """Runs a copy of a serving in a process of its own, and starts a new one when it dies.
 
-    The process is started as ``python -m dataflow.runtime.worker`` and not by forking or by importing the caller's main
+    The process is a Python of its own that is sent the serving: not forked, and without importing the caller's main
     module again, so that scripts need no ``if __name__ == "__main__"`` and CUDA can be used.
     """
 
@@ -192,11 +213,9 @@ class ProcessWorker:
             self._payload = pickle.dumps((serving, dict(fingerprint)))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ConfigError(f"{type(serving).__name__} cannot be sent to a worker process: {error}") from None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._child: _Child | None = None
         self._tickets = itertools.count()
-        self._answers: dict[tuple[str, int], asyncio.Future[Any]] = {}
-        self._send_lock = threading.Lock()
+        self._held: dict[int, _Child] = {}
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
@@ -205,26 +224,7 @@ class ProcessWorker:
         Raises:
             FatalServingError: the serving does not load.
         """
-        async with self._starting:
-            if self._process is not None and self._process.poll() is None:
-                return
-            loop = asyncio.get_running_loop()
-            ours, theirs = socket.socketpair()
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "dataflow.runtime.worker", str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    # Ctrl-C is the parent's business: it lets the batches in flight end.
-                    start_new_session=True,
-                )
-            connection = self._connection = Connection(ours.detach())
-            ready = self._answers["ready", 0] = loop.create_future()
-            threading.Thread(target=self._listen, args=(connection, loop), daemon=True).start()
-            await asyncio.to_thread(self._send, connection, self._payload)
-            try:
-                await ready
-            except WorkerDiedError as error:
-                raise FatalServingError(f"the worker process ended while it was loading: {error}") from None
+        await self._living()
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> int:
         """Make one batch and keep it over there; the ticket is for :meth:`save`.
@@ -232,13 +232,14 @@ class ProcessWorker:
         Raises:
             ServingError: the batch failed whole; WorkerDiedError if the process is gone.
         """
-        await self.start()
+        child = await self._living()
         ticket = next(self._tickets)
         try:
-            await asyncio.wait_for(self._ask("generate", ticket, requests), self._timeout)
+            await asyncio.wait_for(child.ask("generate", ticket, requests), self._timeout)
         except TimeoutError:
-            self._kill()
+            child.kill()
             raise RetryError(f"no answer within {self._timeout:g} s; worker restarted", reason="timeout") from None
+        self._held[ticket] = child
         return ticket
 
     async def save(self, ticket: int) -> list[Item]:
@@ -248,50 +249,97 @@ class ProcessWorker:
             OSError: the disk is full or not writable.
             WorkerDiedError: the process is gone, the batch with it.
         """
-        return await self._ask("save", ticket, None)
+        return await self._held.pop(ticket).ask("save", ticket, None)
 
     async def stop(self) -> None:
-        process, connection = self._process, self._connection
-        if process is None or connection is None:
+        child, self._child = self._child, None
+        if child is None:
             return
-        if process.poll() is None:
+        if child.process.poll() is None:
             try:
-                await asyncio.to_thread(self._send, connection, pickle.dumps(("stop", 0, None)))
-                await asyncio.to_thread(process.wait, 30)
+                await asyncio.to_thread(child.send, pickle.dumps(("stop", 0, None)))
+                await asyncio.to_thread(child.process.wait, STOP_SECONDS)
             except (OSError, subprocess.TimeoutExpired):
-                self._kill()
-        connection.close()
-        self._process = self._connection = None
+                child.kill()
+        # It calls into the loop, which may be closed next.
+        await asyncio.to_thread(child.listener.join)
 
-    async def _ask(self, what: str, ticket: int, body: object) -> Any:
-        connection = self._connection
-        if connection is None:
-            raise WorkerDiedError("the worker process is not running")
-        answer = self._answers[what, ticket] = asyncio.get_running_loop().create_future()
+    def give_up(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+
+    async def _living(self) -> _Child:
+        """The process, started if there is none (any more)."""
+        async with self._starting:
+            child = self._child
+            if child is not None and not child.death and child.process.poll() is None:
+                return child
+            child = self._child = _Child(asyncio.get_running_loop())
+            ready = child.expect("ready", 0)
+            with contextlib.suppress(OSError):  # the listener tells
+                await asyncio.to_thread(child.send, self._payload)
+            try:
+                await ready
+            except WorkerDiedError as error:
+                raise FatalServingError(f"the worker process ended while it was loading: {error}") from None
+            return child
+
+
+class _Child:
+    """A worker process, and the answers it owes. All but :meth:`send` and the listener belong to the loop's thread.
+
+    Attributes:
+        death: how it ended; empty while it lives, as far as the loop knows.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _ENTRY, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                # Ctrl-C is the parent's business: it lets the batches in flight end.
+                start_new_session=True,
+            )
+        self.death = ""
+        self._connection = Connection(ours.detach())
+        self._answers: dict[tuple[str, int], asyncio.Future[Any]] = {}
+        self._loop = loop
+        self._send_lock = threading.Lock()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+
+    def expect(self, what: str, ticket: int) -> asyncio.Future[Any]:
+        if self.death:
+            raise WorkerDiedError(self.death)
+        answer = self._answers[what, ticket] = self._loop.create_future()
+        return answer
+
+    async def ask(self, what: str, ticket: int, body: object) -> Any:
+        answer = self.expect(what, ticket)
         # On a broken pipe the listener fails every open answer, this one too.
         with contextlib.suppress(OSError):
-            await asyncio.to_thread(self._send, connection, pickle.dumps((what, ticket, body)))
+            await asyncio.to_thread(self.send, pickle.dumps((what, ticket, body)))
         return await answer
 
-    def _send(self, connection: Connection, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         with self._send_lock:
-            connection.send_bytes(data)
+            self._connection.send_bytes(data)
 
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
-    def _listen(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
+    def _listen(self) -> None:
         try:
             while True:
-                what, ticket, error, body = pickle.loads(connection.recv_bytes())  # noqa: S301  our own child's words
-                loop.call_soon_threadsafe(self._settle, (what, ticket), error, body)
+                what, ticket, error, body = pickle.loads(self._connection.recv_bytes())  # noqa: S301  our own child's words
+                self._loop.call_soon_threadsafe(self._settle, (what, ticket), error, body)
         except (EOFError, OSError):
-            process = self._process
-            code = process.wait() if process is not None else None
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._abandon, f"exit status {code}")
+            code = self.process.wait()
+            self._connection.close()
+            with contextlib.suppress(RuntimeError):  # the loop may be closed, after a second Ctrl-C
+                self._loop.call_soon_threadsafe(self._bury, f"the worker process died (exit status {code})")
 
     def _settle(self, key: tuple[str, int], error: BaseException | None, body: object) -> None:
         answer = self._answers.pop(key, None)
@@ -301,10 +349,11 @@ class ProcessWorker:
             else:
                 answer.set_result(body)
 
-    def _abandon(self, why: str) -> None:
+    def _bury(self, death: str) -> None:
+        self.death = death
         for answer in self._answers.values():
             if not answer.done():
-                answer.set_exception(WorkerDiedError(f"the worker process died ({why})"))
+                answer.set_exception(WorkerDiedError(death))
         self._answers.clear()
 
 
@@ -315,7 +364,13 @@ async def _serve(connection: Connection) -> None:
     tickets: dict[int, int] = {}
 
     def answer(what: str, ticket: int, error: BaseException | None, body: object) -> None:
-        connection.send_bytes(pickle.dumps((what, ticket, error, body)))
+        try:
+            data = pickle.dumps((what, ticket, error, body))
+            pickle.loads(data)  # noqa: S301  a serving's own class of error may be packed and not come back
+        except Exception as problem:  # noqa: BLE001  whatever the class does when it is packed
+            why = ServingError(f"the answer cannot be sent: {error or problem}", reason="crash")
+            data = pickle.dumps((what, ticket, why, None))
+        connection.send_bytes(data)
 
     async def handle(what: str, ticket: int, body: Any) -> None:
         try:
@@ -326,6 +381,8 @@ async def _serve(connection: Connection) -> None:
                 answer(what, ticket, None, await worker.save(tickets.pop(ticket)))
         except (DataflowError, OSError) as error:
             answer(what, ticket, error, None)
+        except Exception as error:  # noqa: BLE001  unforeseen; without an answer the parent would wait for ever
+            answer(what, ticket, ServingError(f"{type(error).__name__}: {error}", reason="crash"), None)
 
     try:
         await worker.start()
@@ -353,7 +410,3 @@ def main(fd: int) -> None:
     """Entry point of the worker process; ``fd``: its end of the socket pair."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         asyncio.run(_serve(Connection(fd)))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from dataflow.io import ImageIO
 from dataflow.runtime import table
 from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Ending, Journal, done_record, ending_record
-from dataflow.runtime.limits import Limiter, backoff
+from dataflow.runtime.limits import Limiter, backoff, pause
 from dataflow.runtime.lock import cache_lock
 from dataflow.runtime.planner import Planner
 from dataflow.runtime.progress import Progress, describe
@@ -50,6 +50,8 @@ LEAST_FAILURES = 100
 """Fewer failed rows than this never stop a run."""
 RATE_LIMIT_PATIENCE = 900.0
 """Seconds of nothing but rate limits after which a run stops."""
+GIVE_UP_SECONDS = 2.0
+"""How long a second Ctrl-C waits for the serving to be cleaned up."""
 
 Try = tuple[list[GenerationRequest], int]
 """Requests to make together, and which attempt it is, from 1."""
@@ -122,6 +124,10 @@ class _Run:
         )
         self.stop_error: RunStoppedError | None = None
         self._planning = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        self._halted = asyncio.Event()
+        self._progressed = asyncio.Event()
+        self._pushed_back: list[list[GenerationRequest]] = []
+        self._workers: list[Worker] = []
         self._in_hand = 0
         self._unfinished: set[str] = set()
         self._limited_since: float | None = None
@@ -149,6 +155,7 @@ class _Run:
         """Run the loop in its thread and wait for it, also through Ctrl-C."""
         self.loop = asyncio.new_event_loop()
         failure: list[BaseException] = []
+        ended = threading.Event()
 
         def run() -> None:
             try:
@@ -158,28 +165,38 @@ class _Run:
             finally:
                 self.loop.run_until_complete(self.loop.shutdown_asyncgens())
                 self.loop.close()
+                ended.set()
 
-        thread = threading.Thread(target=run, name="dataflow", daemon=True)
-        thread.start()
+        threading.Thread(target=run, name="dataflow", daemon=True).start()
         try:
-            _wait(thread)
+            _wait(ended)
         except KeyboardInterrupt:
-            message = "interrupted: run the same command again to go on"
-            with contextlib.suppress(RuntimeError):  # the loop may have ended just now
-                self.loop.call_soon_threadsafe(self._stop, RunInterruptedError(message))
+            error = RunInterruptedError("interrupted: run the same command again to go on")
+            self._tell(self._stop, error)
             print("\nCtrl-C: finishing the batches in flight; press it again to give them up.", file=sys.stderr)
             try:
-                _wait(thread)
+                _wait(ended)
             except KeyboardInterrupt:
-                raise self._stopped() from None
+                # A serving may hold up the loop, which then has not even heard of the first one.
+                self.stop_error = self.stop_error or error
+                self._tell(self._give_up)
+                with contextlib.suppress(KeyboardInterrupt):
+                    ended.wait(GIVE_UP_SECONDS)
+                return
         if failure:
             raise failure[0]
+
+    def _tell(self, function: Callable[..., None], *arguments: object) -> None:
+        """Call a function in the loop's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop may have ended just now
+            self.loop.call_soon_threadsafe(function, *arguments)
 
     def _stopped(self) -> RunStoppedError:
         assert self.stop_error is not None
         rows = self.storage.count_rows()
         if rows is None:
             rows = sum(1 for _ in self.storage.iter_rows())
+        rows = max(rows, self.tally.planned)
         summary = self.tally.summary(self.storage.step_name, rows, time.monotonic() - self.started)
         table.save_summary(self.plan, self.storage, summary)
         if not self.options.quiet:
@@ -191,18 +208,24 @@ class _Run:
 
     async def _main(self) -> None:
         self._pulling = asyncio.Lock()
-        self._progressed = asyncio.Event()
         first = await self._pull()
         if first is None:
             return
         replicas = self.serving.replicas()
         kind = InlineWorker if len(replicas) == 1 else ProcessWorker
         workers: list[Worker] = [kind(replica, self.identifier.fingerprint) for replica in replicas]
-        self.limiter = Limiter(sum(worker.concurrency for worker in workers))
+        self._workers = workers
+        self.limiter = Limiter(sum(worker.concurrency for worker in workers), self._halted)
         self._slots = [asyncio.Semaphore(worker.concurrency) for worker in workers]
         self._pushed_back = [first]
         try:
-            await asyncio.gather(*(worker.start() for worker in workers))
+            try:
+                await asyncio.gather(*(worker.start() for worker in workers))
+            except FatalServingError as error:
+                stop = RunStoppedError(f"stopped: {error}")
+                stop.__cause__ = error
+                self._stop(stop)
+                return
             # One lane more than may generate: its batch is planned, encoded and written while the others generate.
             lanes = [
                 asyncio.create_task(self._lane(worker, slot))
@@ -218,7 +241,8 @@ class _Run:
         finally:
             if self._unfinished:
                 # A clean stop: these did not kill anybody.
-                self.journal.append({"s": "forget", "ks": sorted(self._unfinished)})
+                with contextlib.suppress(OSError):  # on a full disk they count as started once
+                    self.journal.append({"s": "forget", "ks": sorted(self._unfinished)})
             await asyncio.gather(*(worker.stop() for worker in workers))
 
     async def _lane(self, worker: Worker, slot: asyncio.Semaphore) -> None:
@@ -232,7 +256,7 @@ class _Run:
         """The next batch; None when there is none and none can come any more."""
         async with self._pulling:
             while not self.planner.stopping:
-                if getattr(self, "_pushed_back", None):
+                if self._pushed_back:
                     return self._pushed_back.pop()
                 # Cleared before looking: a parent that ends while the planner looks must wake this lane up.
                 self._progressed.clear()
@@ -292,7 +316,7 @@ class _Run:
         request = requests[0]
         if isinstance(error, RetryError | OutOfMemoryError) and attempt < self.options.max_attempts:
             logger.info("request %s: attempt %d failed: %s", request.request_id, attempt, error)
-            await asyncio.sleep(0 if isinstance(error, OutOfMemoryError) else backoff(attempt))
+            await pause(0 if isinstance(error, OutOfMemoryError) else backoff(attempt), self._halted)
             return [(requests, attempt + 1)]
         if error.reason == "refused":
             self._end(request, "refused", error.reason, str(error))
@@ -315,7 +339,10 @@ class _Run:
     # -- how requests end --------------------------------------------------------------------------------------------
 
     def _start(self, requests: list[GenerationRequest]) -> None:
-        ids = [request.request_id for request in requests]
+        # Once per run: what counts is how many processes died with it in hand, not how often they tried.
+        ids = [request.request_id for request in requests if request.request_id not in self._unfinished]
+        if not ids:
+            return
         record: dict[str, object] = {"s": "start", "ks": ids}
         if requests[0].alone:
             record["alone"] = True
@@ -367,13 +394,22 @@ class _Run:
     def _stop(self, error: RunStoppedError) -> None:
         self.stop_error = self.stop_error or error
         self.planner.stopping = True
+        self._halted.set()
         self._progressed.set()
 
+    def _give_up(self) -> None:
+        """Drop what is in flight; what was started is forgotten, and the workers are stopped."""
+        for worker in self._workers:
+            worker.give_up()
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
 
-def _wait(thread: threading.Thread) -> None:
-    while thread.is_alive():
-        # With a time-out, so that Ctrl-C gets through on every platform.
-        thread.join(0.5)
+
+def _wait(ended: threading.Event) -> None:
+    # With a time-out, so that Ctrl-C gets through on every platform. Not Thread.join: before Python 3.13 one that was
+    # interrupted takes the thread for ended.
+    while not ended.wait(0.5):
+        pass
 
 
 def _disk_message(error: OSError) -> str:

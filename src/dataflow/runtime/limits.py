@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncIterator
@@ -17,6 +18,12 @@ def backoff(attempt: int) -> float:
     return random.uniform(0.5, 1.0) * min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1))  # noqa: S311  not a secret
 
 
+async def pause(seconds: float, halted: asyncio.Event) -> None:
+    """Sleep, but no longer than until ``halted``."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(halted.wait(), seconds)
+
+
 class Limiter:
     """Slots that shrink by half when the service says it is too much, and grow back one by one (AIMD).
 
@@ -24,10 +31,12 @@ class Limiter:
 
     Args:
         concurrency: most slots there can be.
+        halted: set when the run stops; nobody is held back any more.
     """
 
-    def __init__(self, concurrency: int) -> None:
+    def __init__(self, concurrency: int, halted: asyncio.Event) -> None:
         self._most = concurrency
+        self._halted = halted
         self.allowed = float(concurrency)
         self._busy = 0
         self._not_before = 0.0
@@ -42,8 +51,8 @@ class Limiter:
                 await self._changed.wait()
             self._busy += 1
         try:
-            while (wait := self._not_before - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
+            while (wait := self._not_before - time.monotonic()) > 0 and not self._halted.is_set():
+                await pause(wait, self._halted)
             yield
         finally:
             async with self._changed:

@@ -82,7 +82,7 @@ class Planner:
         self.book = RowBook()
         self.stopping = False
         self.exhausted = False
-        self._rows = _checked_rows(plan, storage)
+        self._rows = checked_rows(plan, storage)
         self._window = max(256, 16 * serving.batch_size)
         self._buckets: dict[Hashable, deque[GenerationRequest]] = {}
         self._waiting_in_buckets = 0
@@ -203,9 +203,14 @@ class Planner:
         index = self.index
         if index.is_done(key) or self._adopt(key, request):
             return None
-        if parent is not None and (of_parent := index.endings.get(bytes.fromhex(parent.request_id))):
-            index.endings[key] = ending = _orphaned(of_parent.status, of_parent.message)
-            return ending
+        if parent is not None:
+            parent_key = bytes.fromhex(parent.request_id)
+            if of_parent := index.endings.get(parent_key):
+                index.endings[key] = ending = _orphaned(of_parent.status, of_parent.message)
+                return ending
+            if index.is_done(parent_key) and not index.image_count(parent_key):
+                index.endings[key] = ending = _orphaned("done", "")
+                return ending
         ending = index.endings.get(key)
         if ending is not None:
             again = ending.status == "failed" if self.retry is None else ending.reason in self.retry
@@ -278,7 +283,7 @@ class Planner:
         return batch
 
 
-def _checked_rows(plan: Plan, storage: FileStorage) -> Iterator[Row | BadRow]:
+def checked_rows(plan: Plan, storage: FileStorage) -> Iterator[Row | BadRow]:
     """The table's rows, after a look at the first ones: a column that none of them has is a mistake in the call."""
     rows = storage.iter_rows()
     first = list(itertools.islice(rows, PEEK_ROWS))
@@ -311,4 +316,4 @@ def _next_turn(request: GenerationRequest, parent: GenerationRequest, answer: st
 
 
 def _orphaned(status: str, why: str) -> Ending:
-    return Ending("failed", "previous_turn", f"the turn before it was {status}: {why}")
+    return Ending("failed", "previous_turn", f"the turn before it was {status}: {why or 'without an image'}")

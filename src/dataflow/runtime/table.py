@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from dataflow.errors import InputError, StepError
-from dataflow.runtime.planner import Planner
+from dataflow.runtime.planner import Planner, checked_rows
 from dataflow.runtime.tally import Tally, worst
 from dataflow.types import BadRow, Drop, Outcome, Plan, Row, Summary
 from dataflow.utils.storage import FileStorage, TableWriter
@@ -20,6 +20,7 @@ from dataflow.utils.storage import FileStorage, TableWriter
 logger = logging.getLogger(__name__)
 
 Entry = tuple[Row | BadRow, Sequence[Outcome]]
+SETTLED = ("done", "refused", "failed", "dropped")
 
 
 def journal_folder(storage: FileStorage) -> Path:
@@ -34,7 +35,9 @@ def write(plan: Plan, storage: FileStorage, planner: Planner, signature: Mapping
         StepError: the input table changed while the step ran.
     """
     tally = planner.tally
-    state = hashlib.sha256(orjson.dumps([plan.name, plan.outputs, signature]))
+    store = planner.serving.image_io
+    place = store.path("") if store else ""
+    state = hashlib.sha256(orjson.dumps([plan.name, plan.outputs, signature, place]))
     state.update(planner.book.keys)
     state.update(planner.book.counts.tobytes())
     state.update(repr(sorted(planner.index.endings.items())).encode(errors="replace"))
@@ -45,11 +48,12 @@ def write(plan: Plan, storage: FileStorage, planner: Planner, signature: Mapping
     unchanged = known.get("state") == digest and known.get("output_signature") == _signature(output)
     entries = _entries(storage, planner)
     if unchanged:
-        tally.counts["dropped"], tally.counts["done"] = known["dropped"], known["done"]
+        tally.counts.update({name: known[name] - tally.counts[name] for name in SETTLED})
         tally.reasons.clear()
         tally.reasons.update(known["reasons"])
     else:
         _keep_other_table(plan, storage, known)
+        tally.recount()
         _write_entries(plan, storage, tally, entries, signature)
     summary = tally.summary(storage.step_name, tally.planned, seconds)
     summary.output = str(output)
@@ -61,8 +65,10 @@ def fold_only(plan: Plan, storage: FileStorage) -> Summary:
     """Run a step that makes nothing (a filter)."""
     started = time.monotonic()
     tally = Tally()
-    entries: Iterator[Entry] = ((row, ()) for row in storage.iter_rows())
-    _write_entries(plan, storage, tally, entries, storage.input_signature(), counting=True)
+    signature = storage.input_signature()
+    entries: Iterator[Entry] = ((row, ()) for row in checked_rows(plan, storage))
+    _keep_other_table(plan, storage, load_summary(journal_folder(storage)) or {})
+    _write_entries(plan, storage, tally, entries, signature)
     summary = tally.summary(storage.step_name, tally.planned, time.monotonic() - started)
     summary.output = str(storage.output_path)
     save_summary(plan, storage, summary)
@@ -73,9 +79,10 @@ def save_summary(plan: Plan, storage: FileStorage, summary: Summary, **facts: ob
     """Keep the sum beside the journal, for ``dataflow status``."""
     folder = journal_folder(storage)
     folder.mkdir(parents=True, exist_ok=True)
+    job = {"operator": plan.name, "input": str(storage.input_path)}
     body = {
-        "operator": plan.name,
-        "input": str(storage.input_path),
+        **job,
+        "table_of": job if summary.output else (load_summary(folder) or {}).get("table_of"),
         **{name: getattr(summary, name) for name in summary.__slots__},
         "output_signature": _signature(storage.output_path),
         **facts,
@@ -107,33 +114,25 @@ def _entries(storage: FileStorage, planner: Planner) -> Iterator[Entry]:
 
 
 def _write_entries(
-    plan: Plan,
-    storage: FileStorage,
-    tally: Tally,
-    entries: Iterable[Entry],
-    signature: Mapping[str, Any],
-    *,
-    counting: bool = False,
+    plan: Plan, storage: FileStorage, tally: Tally, entries: Iterable[Entry], signature: Mapping[str, Any]
 ) -> None:
-    """Fold and write; ``counting``: the rows are not in the tally yet."""
+    """Fold, count and write."""
     dropped_path = storage.dropped_path
     with storage.open_writer() as out, TableWriter(dropped_path, "jsonl") as dropped:
         for row, outcomes in entries:
             if isinstance(row, BadRow):
-                if counting:
-                    tally.add_row([], "failed", "bad_row")
+                tally.count("failed", "bad_row")
                 dropped.write({"reason": "bad_row", "error": row.error, "raw": row.raw})
                 continue
-            if counting:
-                tally.add_row([], "done", "")
             try:
                 folded = plan.fold(row, outcomes)
             except InputError as error:
-                raise StepError(f"{storage.input_path}, row {tally.planned}: {error}") from error
+                raise StepError(f"{storage.input_path}, row {tally.planned + 1}: {error}") from error
             if isinstance(folded, Drop):
-                tally.drop(worst(outcome.status for outcome in outcomes), folded.reason)
+                tally.count("dropped", folded.reason)
                 dropped.write({"reason": folded.reason, "row": row})
             else:
+                tally.count(*worst(outcomes))
                 out.write(folded)
         if storage.input_signature() != signature:
             # Raised before the writer ends: the old table stays.
@@ -148,12 +147,13 @@ def _write_entries(
 def _keep_other_table(plan: Plan, storage: FileStorage, known: Mapping[str, Any]) -> None:
     """Move the table of another job out of the way instead of replacing it."""
     output = storage.output_path
-    same = known.get("operator") == plan.name and known.get("input") == str(storage.input_path)
-    if known and not same and output.exists():
+    owner = known.get("table_of")
+    same = owner == {"operator": plan.name, "input": str(storage.input_path)}
+    if owner and not same and output.exists():
         kept = output.with_stem(f"{output.stem}.before-{time.strftime('%Y%m%d-%H%M%S')}")
         output.rename(kept)
         logger.warning(
-            "%s held the result of %s on %s; it is kept as %s", output, known.get("operator"), known.get("input"), kept
+            "%s held the result of %s on %s; it is kept as %s", output, owner["operator"], owner["input"], kept
         )
 
 

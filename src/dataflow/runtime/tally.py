@@ -6,8 +6,9 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
-from dataflow.types import Status, Summary
+from dataflow.types import Outcome, Status, Summary
 
 _RANK: dict[Status, int] = {"done": 0, "refused": 1, "failed": 2}
 
@@ -90,39 +91,51 @@ class Tally:
     def settled(self) -> int:
         return self.counts.total()
 
-    def drop(self, status: Status, reason: str) -> None:
-        """A fold took a settled row out of the table."""
-        self.counts[status] -= 1
-        self.counts["dropped"] += 1
-        self.reasons[reason] += 1
+    def recount(self) -> None:
+        """All rows are counted again, with :meth:`count`, as they are folded into the table."""
+        with self._lock:
+            self.planned = 0
+            self.counts.clear()
+            self.reasons.clear()
+
+    def count(self, status: Status | Literal["dropped"], reason: str) -> None:
+        """A row went into the table, or was dropped from it."""
+        self.planned += 1
+        self._close(status, reason)
 
     def summary(self, step: str, rows: int, seconds: float) -> Summary:
         """The sum, for a table of ``rows`` rows."""
-        return Summary(
-            step=step,
-            rows=rows,
-            done=self.counts["done"],
-            refused=self.counts["refused"],
-            failed=self.counts["failed"],
-            dropped=self.counts["dropped"],
-            pending=rows - self.settled,
-            reasons=dict(self.reasons.most_common()),
-            images=self.images,
-            bytes=self.bytes,
-            made=self.made,
-            adopted=self.adopted,
-            seconds=seconds,
-        )
+        with self._lock:  # rows may settle still, after a second Ctrl-C
+            return Summary(
+                step=step,
+                rows=rows,
+                done=self.counts["done"],
+                refused=self.counts["refused"],
+                failed=self.counts["failed"],
+                dropped=self.counts["dropped"],
+                pending=rows - self.settled,
+                reasons=dict(self.reasons.most_common()),
+                images=self.images,
+                bytes=self.bytes,
+                made=self.made,
+                adopted=self.adopted,
+                seconds=seconds,
+            )
 
-    def _close(self, status: Status, reason: str) -> None:
+    def _close(self, status: Status | Literal["dropped"], reason: str) -> None:
         self.counts[status] += 1
         if status != "done":
             self.reasons[reason] += 1
 
 
-def worst(statuses: Iterable[Status]) -> Status:
-    """The status of a row whose requests ended like this."""
-    return max(statuses, key=_RANK.__getitem__, default="done")
+def worst(outcomes: Iterable[Outcome]) -> tuple[Status, str]:
+    """Status and reason of a row whose requests ended like this."""
+    status: Status = "done"
+    reason = ""
+    for outcome in outcomes:
+        if worse(status, outcome.status):
+            status, reason = outcome.status, outcome.reason
+    return status, reason
 
 
 def worse(first: Status, second: Status) -> bool:

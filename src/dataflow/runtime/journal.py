@@ -14,6 +14,7 @@ The order is law: the image is durable before its record is written, and the ste
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import threading
@@ -43,7 +44,12 @@ _FLAG_BITS = 8
 
 def pack_line(record: Mapping[str, Any]) -> bytes:
     """The line of a record, checksum and newline included."""
-    body = orjson.dumps(record)[:-1]
+    try:
+        body = orjson.dumps(record)[:-1]
+    except TypeError:
+        # What a service counts or writes may be no JSON (a Decimal, half an emoji): no reason to lose the image.
+        text = json.dumps(record, default=str, ensure_ascii=False, separators=(",", ":"))
+        body = text.encode(errors="replace")[:-1]
     return b'%b,"crc":"%08x"}\n' % (body, zlib.crc32(body))
 
 
@@ -97,6 +103,7 @@ class Index:
             if dot + suffix in _SUFFIXES and stem[3:] == key.hex():
                 code = _SUFFIXES.index(dot + suffix)
                 self.packed[key] = images[0]["bytes"] << _FLAG_BITS | code << 2 | _ONE_IMAGE
+                self.records.pop(key, None)
                 self.endings.pop(key, None)
                 return
         self.packed[key] = sum(image["bytes"] for image in images) << _FLAG_BITS
@@ -173,9 +180,8 @@ class Index:
         elif status in ("refused", "failed"):
             key = bytes.fromhex(record["k"])
             self.endings[key] = Ending(status, record["reason"], record["msg"])
-            self.packed.pop(key, None)
-            self.starts.pop(key, None)
-            self.alone.pop(key, None)
+            for table in (self.packed, self.records, self.starts, self.alone):
+                table.pop(key, None)
         elif status == "forget":
             for text in record["ks"]:
                 key = bytes.fromhex(text)

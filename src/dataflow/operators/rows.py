@@ -17,6 +17,7 @@ OVERRIDE_COLUMNS = ("negative_prompt", "height", "width", "seed", *INTEGER_PARAM
 """Columns in which a row overrides the serving's defaults; an empty cell overrides nothing."""
 
 _OVERRIDES = frozenset(OVERRIDE_COLUMNS)
+_MOST = 2**31 - 1
 
 
 def user_turns(row: Row, column: str) -> list[str]:
@@ -172,18 +173,20 @@ def _number(row: Row, column: str) -> float | None:
     return number
 
 
-def _integer(row: Row, column: str, *, least: int, most: int | None = None) -> int | None:
+def _integer(row: Row, column: str, *, least: int, most: int = _MOST) -> int | None:
     value = row.get(column)
     if _is_empty(value):
         return None
     if isinstance(value, str):
-        value = int(value) if value.strip().lstrip("+-").isdecimal() else _number(row, column)
+        try:
+            value = int(value)
+        except ValueError:
+            value = _number(row, column)
     if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
         raise InputError(f"expected a whole number, found {_kind(row[column])}", field=column)
     number = int(value)
-    if number < least or (most is not None and number > most):
-        limits = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"must be {limits}, found {number}", field=column)
+    if not least <= number <= most:
+        raise InputError(f"must be from {least} to {most}, found {_kind(row[column])}", field=column)
     return number
 
 

@@ -88,25 +88,35 @@ class Planner:
         self._waiting_in_buckets = 0
         self._caps: dict[Hashable, int] = {}
         self._suspects: deque[GenerationRequest] = deque()
+        self._in_hand: set[str] = set()
         self._children: dict[str, list[GenerationRequest]] = {}
         self._released: deque[GenerationRequest] = deque()
         self._lock = threading.Lock()
 
     def next_batch(self) -> list[GenerationRequest] | None:
-        """The next requests that may share a batch, or None when nothing is ready (any more, or before a parent ends).
+        """The next requests that may share a batch, or None when nothing is ready (any more, or before another ends).
 
         Reads on in the table only as far as needed to fill one batch.
         """
+        batch = self._next_batch()
+        if batch is not None:
+            self._in_hand.update(request.request_id for request in batch)
+        return batch
+
+    def _next_batch(self) -> list[GenerationRequest] | None:
         while not self.stopping:
             while self._released:
                 self._enqueue(self._released.popleft())
             if (batch := self._pop(full=self._waiting_in_buckets < self._window)) is not None:
                 return batch
             if self.exhausted:
-                return self._pop(full=False) or ([self._suspects.popleft()] if self._suspects else None)
+                return self._pop(full=False) or self._pop_suspect()
             row = next(self._rows, None)
             if row is None:
                 self.exhausted = True
+                # The least suspect first: where it is the machine that fails, no request takes all the blame.
+                alone = self.index.alone
+                self._suspects = deque(sorted(self._suspects, key=lambda r: alone.get(bytes.fromhex(r.request_id), 0)))
             else:
                 self._plan_row(row)
         return None
@@ -121,6 +131,7 @@ class Planner:
 
     def parent_ended(self, parent: GenerationRequest, outcome: Outcome) -> list[tuple[bytes, Ending]]:
         """The next turns of ``parent``: released if it has its image, else ended like it; those are returned."""
+        self._in_hand.discard(parent.request_id)
         with self._lock:
             children = self._children.pop(parent.request_id, [])
         ended: list[tuple[bytes, Ending]] = []
@@ -281,6 +292,10 @@ class Planner:
         if not bucket:
             del self._buckets[key]
         return batch
+
+    def _pop_suspect(self) -> list[GenerationRequest] | None:
+        """One suspect, and only while nothing else is in hand: what it kills beside it would share the blame."""
+        return [self._suspects.popleft()] if self._suspects and not self._in_hand else None
 
 
 def checked_rows(plan: Plan, storage: FileStorage) -> Iterator[Row | BadRow]:

@@ -217,6 +217,7 @@ class ProcessWorker:
         self._tickets = itertools.count()
         self._held: dict[int, _Child] = {}
         self._starting = asyncio.Lock()
+        self._loaded_once = False
 
     async def start(self) -> None:
         """Start the process and wait until its serving is loaded.
@@ -281,7 +282,11 @@ class ProcessWorker:
             try:
                 await ready
             except WorkerDiedError as error:
-                raise FatalServingError(f"the worker process ended while it was loading: {error}") from None
+                message = f"the worker process ended while it was loading: {error}"
+                if self._loaded_once:
+                    raise WorkerDiedError(message) from None
+                raise FatalServingError(message) from None
+            self._loaded_once = True
             return child
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
 
@@ -140,3 +142,43 @@ def _unet(channels):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16, norm_num_groups=2, attention_head_dim=4,
     ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def loaded():
+    """Sets servings up, and cleans them up at the end."""
+    from dataflow.serving.local_image_gen_serving import LocalImageGenServing
+
+    servings = []
+
+    def load(folder, **arguments):
+        servings.append(LocalImageGenServing(hf_model_name_or_path=folder, **arguments))
+        servings[-1].setup()
+        return servings[-1]
+
+    yield load
+    for serving in servings:
+        serving.cleanup()
+
+
+@pytest.fixture
+def picture(tmp_path):
+    def make(name="in.png", size=(32, 32), colour="red", mode="RGB", **save):
+        Image.new(mode, size, colour).save(tmp_path / name, **save)
+        return str(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def fake_runner():
+    """Makes a runner around anything callable that plays the pipeline."""
+    from dataflow.serving.diffusers_runner import Runner
+
+    def make(pipe, floats=True):
+        runner = object.__new__(Runner)
+        runner._torch, runner._device, runner._pipe, runner.provenance = torch, "cpu", pipe, {}
+        runner._recipe = SimpleNamespace(pipeline="FakePipeline", floats=floats, device="cpu", folder="model")
+        return runner
+
+    return make

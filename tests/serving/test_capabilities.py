@@ -184,7 +184,9 @@ def test_right_sizes():
     can.require_size(TABLE["Kandinsky5T2IPipeline"], (640, 1408))
     small = can.with_manifest(FLUX, {"size_multiple": 8})
     can.require_size(small, (24, 40))
-    assert can.with_manifest(FLUX, {}) is FLUX
+    assert can.with_manifest(FLUX, {}) == FLUX
+    with pytest.raises(ConfigError, match="size_multiple must be a whole number from 1, got '8'"):
+        can.with_manifest(FLUX, {"size_multiple": "8"})
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,10 @@ def test_folders_without_a_usable_index(content, message, tmp_path):
         model_files.read_index(local(tmp_path))
 
 
+def test_the_default_model_has_a_folder():
+    assert model_files.BUILTIN_FOLDER.name == "tiny-flux"
+
+
 def test_manifest(folder):
     (folder / "dataflow.json").write_text('{"text2image": {"height": 64}}')
     assert model_files.read_manifest(local(folder)) == {"text2image": {"height": 64}}

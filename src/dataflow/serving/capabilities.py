@@ -414,9 +414,15 @@ def can_share(capabilities: Capabilities, images: int) -> bool:
 
 
 def with_manifest(capabilities: Capabilities, section: Mapping[str, Any]) -> Capabilities:
-    """Capabilities with what a folder's dataflow.json says of its own model: ``size_multiple``, in pixels."""
-    multiple = section.get("size_multiple")
-    return replace(capabilities, multiple=int(multiple)) if multiple else capabilities
+    """Capabilities with what a folder's dataflow.json says of its own model: ``size_multiple``, in pixels.
+
+    Raises:
+        ConfigError: it is no whole number from 1.
+    """
+    multiple = section.get("size_multiple", capabilities.multiple)
+    if not isinstance(multiple, int) or multiple < 1:
+        raise ConfigError(f"dataflow.json: size_multiple must be a whole number from 1, got {multiple!r}")
+    return replace(capabilities, multiple=multiple)
 
 
 def _floor(value: int, multiple: int) -> int:

@@ -24,13 +24,18 @@ log = logging.getLogger(__name__)
 BUILTIN = "builtin:tiny-flux"
 INDEX = "model_index.json"
 MANIFEST = "dataflow.json"
-"""A folder's own defaults: ``{"text2image": {call arguments}, "imageedit": {…}}``; optional."""
+"""A folder's own defaults: ``{"text2image": {call arguments}, "imageedit": {…}}``; optional.
+
+Beside call arguments a section may hold ``pipeline_class`` (for that task, instead of the index's) and
+``size_multiple`` (what both sides of a picture must be multiples of, in pixels, instead of the family's).
+"""
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".pb")
 FULL_HASH_BYTES = 32 * 2**20
 SAMPLE_BYTES = 1024
 
 _BUILTIN_ROOT = Path(__file__).resolve().parent.parent / "builtin"
+BUILTIN_FOLDER = _BUILTIN_ROOT / BUILTIN.removeprefix("builtin:")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHTLESS = re.compile(r"Tokenizer|Processor|Scheduler|Extractor")

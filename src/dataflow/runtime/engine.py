@@ -35,7 +35,7 @@ from dataflow.io import ImageIO
 from dataflow.runtime import table
 from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Ending, Journal, done_record, ending_record
-from dataflow.runtime.limits import Limiter, backoff, pause
+from dataflow.runtime.limits import Limiter, Room, backoff, pause
 from dataflow.runtime.lock import cache_lock
 from dataflow.runtime.planner import Planner
 from dataflow.runtime.progress import Progress, describe
@@ -130,6 +130,7 @@ class _Run:
         self._workers: list[Worker] = []
         self._in_hand = 0
         self._unfinished: set[str] = set()
+        self._deadly: set[str] = set()
         self._limited_since: float | None = None
 
     def execute(self) -> Summary:
@@ -216,7 +217,8 @@ class _Run:
         workers: list[Worker] = [kind(replica, self.identifier.fingerprint) for replica in replicas]
         self._workers = workers
         self.limiter = Limiter(sum(worker.concurrency for worker in workers), self._halted)
-        self._slots = [asyncio.Semaphore(worker.concurrency) for worker in workers]
+        slots = [asyncio.Semaphore(worker.concurrency) for worker in workers]
+        rooms = [Room() for _ in workers]
         self._pushed_back = [first]
         try:
             try:
@@ -228,8 +230,8 @@ class _Run:
                 return
             # One lane more than may generate: its batch is planned, encoded and written while the others generate.
             lanes = [
-                asyncio.create_task(self._lane(worker, slot))
-                for worker, slot in zip(workers, self._slots, strict=True)
+                asyncio.create_task(self._lane(worker, slot, room))
+                for worker, slot, room in zip(workers, slots, rooms, strict=True)
                 for _ in range(worker.concurrency + 1)
             ]
             await asyncio.wait(lanes, return_when=asyncio.FIRST_EXCEPTION)
@@ -245,10 +247,10 @@ class _Run:
                     self.journal.append({"s": "forget", "ks": sorted(self._unfinished)})
             await asyncio.gather(*(worker.stop() for worker in workers))
 
-    async def _lane(self, worker: Worker, slot: asyncio.Semaphore) -> None:
+    async def _lane(self, worker: Worker, slot: asyncio.Semaphore, room: Room) -> None:
         while (batch := await self._pull()) is not None:
             try:
-                await self._settle(worker, slot, batch)
+                await self._settle(worker, slot, room, batch)
             except OSError as error:
                 self._stop(RunStoppedError(_disk_message(error)))
 
@@ -271,18 +273,21 @@ class _Run:
                 await self._progressed.wait()
             return None
 
-    async def _settle(self, worker: Worker, slot: asyncio.Semaphore, batch: list[GenerationRequest]) -> None:
+    async def _settle(
+        self, worker: Worker, slot: asyncio.Semaphore, room: Room, batch: list[GenerationRequest]
+    ) -> None:
         """Make a batch, in as many attempts and pieces as it takes, until each request has ended."""
         todo: list[Try] = [(batch, 1)]
         while todo:
             requests, attempt = todo.pop()
             try:
-                async with slot, self.limiter.slot():
-                    if self.planner.stopping:
-                        return
-                    self._start(requests)
-                    ticket = await worker.generate(requests)
-                items = await worker.save(ticket)
+                async with room.enter(alone=requests[0].request_id in self._deadly):
+                    async with slot, self.limiter.slot():
+                        if self.planner.stopping:
+                            return
+                        self._start(requests)
+                        ticket = await worker.generate(requests)
+                    items = await worker.save(ticket)
             except ServingError as error:
                 todo += await self._react(requests, attempt, error)
                 continue
@@ -314,6 +319,10 @@ class _Run:
                 self.planner.shrink(requests[0], half)
             return [(requests[half:], attempt), (requests[:half], attempt)]
         request = requests[0]
+        if isinstance(error, WorkerDiedError) and request.request_id not in self._deadly:
+            # Another batch in the same process may have killed it: tried again with nobody else in there.
+            self._deadly.add(request.request_id)
+            return [(requests, attempt)]
         if isinstance(error, RetryError | OutOfMemoryError) and attempt < self.options.max_attempts:
             logger.info("request %s: attempt %d failed: %s", request.request_id, attempt, error)
             await pause(0 if isinstance(error, OutOfMemoryError) else backoff(attempt), self._halted)

@@ -24,6 +24,36 @@ async def pause(seconds: float, halted: asyncio.Event) -> None:
         await asyncio.wait_for(halted.wait(), seconds)
 
 
+class Room:
+    """Who is at work in one worker: many at once, or one that wants to be alone with it."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def enter(self, *, alone: bool) -> AsyncIterator[None]:
+        """Be inside; with ``alone`` nobody else is."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._closed)
+            self._closed = alone
+        try:
+            async with self._changed:
+                if alone:
+                    await self._changed.wait_for(lambda: not self._inside)
+                self._inside += 1
+            try:
+                yield
+            finally:
+                self._inside -= 1
+        finally:
+            async with self._changed:
+                if alone:
+                    self._closed = False
+                self._changed.notify_all()
+
+
 class Limiter:
     """Slots that shrink by half when the service says it is too much, and grow back one by one (AIMD).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import os
 import signal
@@ -111,9 +112,9 @@ class FakeServing(Serving):
     def replicas(self) -> Sequence[Serving]:
         if self.processes == 1:
             return [self]
-        copy = FakeServing.__new__(FakeServing)
-        copy.__dict__.update(self.__dict__, processes=1)
-        return [copy] * self.processes
+        twin = copy.copy(self)
+        twin.processes = 1
+        return [twin] * self.processes
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         started = time.perf_counter()

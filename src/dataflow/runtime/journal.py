@@ -243,8 +243,8 @@ class Journal:
         size = os.fstat(self._fd).st_size
         tail = os.pread(self._fd, min(size, 1 << 16), max(0, size - (1 << 16)))
         last = tail[tail.rfind(b"\n", 0, len(tail) - 1) + 1 :]
-        if tail and unpack_line(last) is None:
-            newline = b"" if last.endswith(b"\n") else b"\n"
+        newline = b"" if last.endswith(b"\n") else b"\n"
+        if tail and (newline or unpack_line(last) is None):
             self._write(newline + pack_line({"s": "seal"}))
         self._synced_at = time.monotonic()
 

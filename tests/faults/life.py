@@ -32,7 +32,7 @@ def main():
             try:
                 live(json.loads(line))
                 status = 0
-            except BaseException:
+            except BaseException:  # noqa: BLE001  its parent wants to know, whatever it is
                 import traceback
 
                 traceback.print_exc()

@@ -12,10 +12,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dataflow.errors import BadRequestError, ImageError, InputError
+from dataflow.io import ImageIO
 from dataflow.runtime.identity import ID_BYTES, Identifier
 from dataflow.runtime.journal import Ending, Index, Journal, done_record, ending_record
 from dataflow.runtime.tally import Tally, worse
-from dataflow.types import BadRow, Draft, GenerationRequest, Outcome, Plan, Row, Serving, Status, Turn
+from dataflow.types import (
+    BadRow,
+    Draft,
+    GenerationRequest,
+    ImageStore,
+    Outcome,
+    Plan,
+    Row,
+    SavedImage,
+    Serving,
+    Status,
+    Turn,
+)
 from dataflow.utils.storage import FileStorage
 
 logger = logging.getLogger(__name__)
@@ -247,7 +260,7 @@ class Planner:
         """Take over a whole image that a killed run left without a record."""
         store = self.serving.image_io
         found = store.find(request.request_id) if store else None
-        if found is None:
+        if store is None or found is None or not _is_of(store, found, request):
             return False
         record = done_record(request.request_id, [found], adopted=True)
         self.journal.append(record)
@@ -312,6 +325,15 @@ def checked_rows(plan: Plan, storage: FileStorage) -> Iterator[Row | BadRow]:
                 field=column,
             )
     return itertools.chain(first, rows)
+
+
+def _is_of(store: ImageStore, found: SavedImage, request: GenerationRequest) -> bool:
+    """Whether the file says inside that it was made for this request: a name alone can come about by copying."""
+    try:
+        facts = ImageIO(store.save_path).read_metadata(store.save_path / found.name)
+    except ImageError:
+        return False
+    return facts.get("request_id") == request.request_id
 
 
 def _reason(row: Row | BadRow, error: InputError) -> str:

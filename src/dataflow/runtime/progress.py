@@ -108,7 +108,7 @@ def _postfix(tally: Tally, elapsed: float, settled: int, made: int, total: int |
             left = int((total - tally.settled) * elapsed / settled)
             parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
     parts += [f"{tally.counts[status]} {status}" for status in ("refused", "failed") if tally.counts[status]]
-    return ", " + ", ".join(parts) if parts else ""
+    return ", ".join(parts)
 
 
 def _interactive() -> bool:

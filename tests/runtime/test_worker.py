@@ -21,6 +21,7 @@ from dataflow.errors import (
     BadRequestError,
     ConfigError,
     FatalServingError,
+    InputError,
     OutOfMemoryError,
     RetryError,
     RunStoppedError,
@@ -439,7 +440,7 @@ class TestStepsWithProcesses:
     def test_a_full_disk_over_there_stops_the_run(self, job, monkeypatch):
         folder = job.io.save_path
         folder.write_text("a file where the folder should be")
-        with pytest.raises((RunStoppedError, OSError)):
+        with pytest.raises(InputError):
             job.prompts("a", "b").run(job.serving(processes=2))
         folder.unlink()
         assert job.run().done == 2

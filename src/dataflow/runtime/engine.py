@@ -199,7 +199,8 @@ class _Run:
             rows = sum(1 for _ in self.storage.iter_rows())
         rows = max(rows, self.tally.planned)
         summary = self.tally.summary(self.storage.step_name, rows, time.monotonic() - self.started)
-        table.save_summary(self.plan, self.storage, summary)
+        with contextlib.suppress(OSError):  # on a full disk the sum is shown, not kept
+            table.save_summary(self.plan, self.storage, summary)
         if not self.options.quiet:
             print(describe(summary), file=sys.stderr)
         self.stop_error.summary = summary
@@ -422,7 +423,7 @@ def _wait(ended: threading.Event) -> None:
 
 
 def _disk_message(error: OSError) -> str:
-    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "an image could not be written"
+    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "a file could not be written"
     return f"stopped: {what} ({error}). Nothing finished is lost: mend that and run again."
 
 
@@ -432,6 +433,11 @@ def _readable_disk_errors(storage: FileStorage):
         yield
     except PermissionError as error:
         raise InputError(f"no permission to write the cache folder ({error})", path=storage.cache_path) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(
+            "a folder is needed here and there is a file: move it or choose another path",
+            path=error.filename or storage.cache_path,
+        ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

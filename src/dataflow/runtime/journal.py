@@ -276,9 +276,10 @@ class Journal:
             written = os.write(self._fd, data)
             if written != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        except OSError:
+        except OSError as error:
             # A full disk takes part of a line without complaint: take the part back.
             os.ftruncate(self._fd, size)
+            error.filename = error.filename or str(self.path)
             raise
 
     def _sync(self, now: float) -> None:

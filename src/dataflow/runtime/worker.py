@@ -172,6 +172,8 @@ class InlineWorker:
                 return BadOutputError(f"the answer is not a usable image: {error}", reason=error.reason)
             except Exception as error:
                 if isinstance(error, OSError) and error.errno is not None:
+                    # A full disk does not say which one it is.
+                    error.filename = error.filename or str(store.save_path)
                     raise
                 return BadOutputError(f"the answer cannot be saved: {type(error).__name__}: {error}", reason="crash")
         text = None if result.text is None else result.text.encode(errors="replace").decode()

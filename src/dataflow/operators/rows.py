@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ OVERRIDE_COLUMNS = ("negative_prompt", "height", "width", "seed", *INTEGER_PARAM
 
 _OVERRIDES = frozenset(OVERRIDE_COLUMNS)
 _MOST = 2**31 - 1
+_URL = re.compile(r"(?:[a-z][a-z0-9+]+://|data:)", re.IGNORECASE)
 
 
 def user_turns(row: Row, column: str) -> list[str]:
@@ -63,6 +65,9 @@ def image_paths(row: Row, column: str) -> tuple[str, ...]:
             raise InputError(f"expected an image path, found {_kind(path)}", field=column)
         if path and "\0" in path:
             raise InputError("the image path holds a NUL character", field=column)
+        if path and _URL.match(path):
+            shown = path if len(path) <= 60 else path[:57] + "..."
+            raise InputError(f"{shown} is a URL, not a file: download it and give the path", field=column)
     found = tuple(path for path in paths if path)
     if not found:
         raise InputError("the row names no input image", field=column)

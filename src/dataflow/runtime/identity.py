@@ -119,7 +119,8 @@ class Identifier:
         try:
             head = orjson.dumps([draft.prompt, negative, image_hashes, draft.sample])
         except TypeError as error:
-            raise InputError(f"the prompt is not valid Unicode text ({error}): write it as UTF-8") from None
+            which = "negative prompt" if _is_unicode(draft.prompt) else "prompt"
+            raise InputError(f"the {which} is not valid Unicode text ({error}): write it as UTF-8") from None
         return head + (self._plain_tail if plain else self._tail(draft)), image_hashes
 
     def _tail(self, draft: Draft) -> bytes:
@@ -134,3 +135,12 @@ def _canonical(params: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in params.items()
     }
+
+
+def _is_unicode(text: str) -> bool:
+    """False for text with lone surrogates: half an emoji, cut in the middle."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

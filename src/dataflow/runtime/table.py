@@ -131,9 +131,17 @@ def _write_entries(
             if isinstance(folded, Drop):
                 tally.count("dropped", folded.reason)
                 dropped.write({"reason": folded.reason, "row": row})
+                continue
+            try:
+                out.write(folded)
+            except InputError as error:
+                # No reason to keep all other rows from their table.
+                error = InputError(error.message, path=storage.input_path, row=tally.planned + 1, field=error.field)
+                logger.warning("%s", error)
+                tally.count("failed", "unwritable_row")
+                dropped.write({"reason": "unwritable_row", "error": str(error), "row": row})
             else:
                 tally.count(*worst(outcomes))
-                out.write(folded)
         if storage.input_signature() != signature:
             # Raised before the writer ends: the old table stays.
             raise StepError(

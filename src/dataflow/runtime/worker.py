@@ -118,7 +118,8 @@ class InlineWorker:
             limit = self.serving.timeout
             raise RetryError(f"no answer within {limit:g} s" if limit else str(error), reason="timeout") from None
         except InputError as error:
-            raise BadRequestError(str(error), reason="bad_input") from error
+            reason = f"image_{error.reason}" if isinstance(error, ImageError) else "bad_input"
+            raise BadRequestError(str(error), reason=reason) from error
         except DataflowError:
             raise
         except Exception as error:

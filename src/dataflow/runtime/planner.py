@@ -179,7 +179,7 @@ class Planner:
             drafts = self.plan.requests(row)
             identities = self.identifier.identify(drafts)
         except InputError as error:
-            reason = _reason(row, error)
+            reason = failure_reason(row, error)
             where = InputError(
                 error.message if error.path is None else f"{error.path}: {error.message}",
                 path=self.storage.input_path,
@@ -336,7 +336,8 @@ def _is_of(store: ImageStore, found: SavedImage, request: GenerationRequest) -> 
     return facts.get("request_id") == request.request_id
 
 
-def _reason(row: Row | BadRow, error: InputError) -> str:
+def failure_reason(row: Row | BadRow, error: InputError) -> str:
+    """One word for a row that cannot be used, for counting."""
     if isinstance(row, BadRow):
         return "bad_row"
     return f"image_{error.reason}" if isinstance(error, ImageError) else "bad_input"

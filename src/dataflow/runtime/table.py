@@ -16,6 +16,7 @@ from dataflow.runtime.planner import Planner, checked_rows
 from dataflow.runtime.tally import Tally, worst
 from dataflow.types import BadRow, Drop, Outcome, Plan, Row, Summary
 from dataflow.utils.storage import FileStorage, TableWriter
+from dataflow.utils.tables import MARK
 
 logger = logging.getLogger(__name__)
 
@@ -131,17 +132,20 @@ def _write_entries(
             if isinstance(folded, Drop):
                 tally.count("dropped", folded.reason)
                 dropped.write({"reason": folded.reason, "row": row})
-                continue
-            try:
-                out.write(folded)
-            except InputError as error:
+            elif MARK in row:
                 # No reason to keep all other rows from their table.
-                error = InputError(error.message, path=storage.input_path, row=tally.planned + 1, field=error.field)
+                error = InputError(
+                    "this column name is reserved: rename the column",
+                    path=storage.input_path,
+                    row=tally.planned + 1,
+                    field=MARK,
+                )
                 logger.warning("%s", error)
-                tally.count("failed", "unwritable_row")
-                dropped.write({"reason": "unwritable_row", "error": str(error), "row": row})
+                tally.count("failed", "reserved_column")
+                dropped.write({"reason": "reserved_column", "error": str(error), "row": row})
             else:
                 tally.count(*worst(outcomes))
+                out.write(folded)
         if storage.input_signature() != signature:
             # Raised before the writer ends: the old table stays.
             raise StepError(

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from dataflow.errors import InputError
+from dataflow.errors import ImageError, InputError
+from dataflow.io import ImageIO
 from dataflow.operators import Text2ImageGenerator
 from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Ending
@@ -205,6 +206,17 @@ class TestAdoption:
         summary = job.run()
         assert (summary.adopted, summary.made) == (1, 1)
         assert job.check_images() == 2
+
+    def test_a_file_that_cannot_be_asked_is_not_taken_over(self, job, monkeypatch):
+        job.prompts("a").run()
+        job.journal.path.unlink()
+
+        def refuse(*_):
+            raise ImageError("unreadable now", reason="unreadable")
+
+        monkeypatch.setattr(ImageIO, "read_metadata", refuse)
+        summary = job.run()
+        assert (summary.adopted, summary.made) == (0, 1)
 
 
 class TestColumns:

@@ -62,6 +62,12 @@ class DiesLoading(FakeServing):
     def setup(self):
         os._exit(3)
 
+class LoadsOnce(FakeServing):
+    def setup(self):
+        if Path(self.model).exists():
+            os._exit(3)
+        Path(self.model).write_text("loaded")
+
 class DiesUnpacking(FakeServing):
     def __setstate__(self, state):
         os._exit(3)
@@ -309,6 +315,17 @@ class TestProcess:
 
         with pytest.raises(error, match=message):
             go(work)
+
+    def test_one_that_dies_while_it_starts_again_is_a_death_like_others(self, job, odd):
+        async def work() -> None:
+            worker = ProcessWorker(odd.LoadsOnce(job.io, model=str(job.folder / "loaded")), {})
+            await worker.start()
+            worker.give_up()
+            with pytest.raises(WorkerDiedError, match="ended while it was loading"):
+                await worker.generate([request()])
+            await worker.stop()
+
+        go(work)
 
     @pytest.mark.parametrize(
         ("kind", "message"),

@@ -1,6 +1,7 @@
 """Runs over real folders, lives that are killed, and the check behind every test: each row has its own image, once."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -208,3 +209,17 @@ def make_nursery(tmp_path):
     yield make
     for nursery in made:
         nursery.close()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The built-in model; until it is in the checkout, an untrained pipeline of the same make."""
+    pytest.importorskip("diffusers")
+    from dataflow.serving import model_files
+
+    if model_files.BUILTIN in model_files.builtin_models():
+        return model_files.BUILTIN
+    spec = importlib.util.spec_from_file_location("pipelines", Path(__file__).parents[1] / "serving/conftest.py")
+    pipelines = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pipelines)
+    return str(pipelines.flux_folder.__wrapped__(tmp_path_factory))

@@ -154,20 +154,21 @@ class Nursery:
 
     def start(self, job):
         self._say(json.dumps(job))
-        return int(self._process.stdout.readline())
+        self.pid = int(self._process.stdout.readline())
+        return self.pid
 
-    def end(self):
-        """Wait for the life; its exit code, negative for a signal."""
+    def end(self, kill_after=None):
+        """Wait for the life; its exit code, negative for a signal. ``kill_after``: seconds until its SIGKILL."""
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(self.pid, signal.SIGKILL)  # it is not reaped yet: the pid is its own still
         self._say("")
         return os.waitstatus_to_exitcode(int(self._process.stdout.readline()))
 
     def live(self, job, kill_after=None):
         """One life; ``kill_after``: seconds until its SIGKILL, if it lives that long."""
-        pid = self.start(job)
-        if kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(pid, signal.SIGKILL)
-        return self.end()
+        self.start(job)
+        return self.end(kill_after)
 
     def _say(self, line):
         self._process.stdin.write(line + "\n")

@@ -342,3 +342,110 @@ def test_a_run_without_a_step_says_how_to_begin(site):
     site.fill(["a fox"])
     with pytest.raises(DataflowError, match=r"storage\.step\(\) first"):
         Text2ImageGenerator(FakeServing(ImageIO(site.images)), options=QUIET).run(FileStorage(str(site.table)))
+
+
+# What a real model is asked -------------------------------------------------------------------------------------------
+
+
+def local(**settings):
+    pytest.importorskip("diffusers")
+    from dataflow.serving.local_image_gen_serving import LocalImageGenServing
+
+    return LocalImageGenServing(settings.pop("image_io", None), **settings)
+
+
+# What is wrong → the serving's arguments, words of the message. Refused by the constructor, or before any work.
+BAD_SERVINGS = {
+    "a batch of nothing": ({"batch_size": 0}, ["batch_size", "from 1", "0"]),
+    "a batch in words": ({"batch_size": "four"}, ["batch_size", "whole number", "'four'"]),
+    "half an image per prompt": ({"diffuser_num_images_per_prompt": 0.5}, ["diffuser_num_images_per_prompt", "0.5"]),
+    "no steps": ({"diffuser_num_inference_steps": 0}, ["num_inference_steps", "from 1"]),
+    "steps in words": ({"diffuser_num_inference_steps": "many"}, ["num_inference_steps", "'many'"]),
+    "guidance in words": ({"diffuser_guidance_scale": "high"}, ["guidance_scale", "'high'"]),
+    "guidance of NaN": ({"diffuser_guidance_scale": float("nan")}, ["guidance_scale", "finite", "nan"]),
+    "an unknown task": ({"Image_gen_task": "text2video"}, ["Image_gen_task", "'text2image'", "'text2video'"]),
+    "an unknown dtype": ({"dtype": "fp64"}, ["dtype", "'bf16'", "'fp64'"]),
+    "an unknown determinism": ({"determinism": "loose"}, ["determinism", "'strict'", "'loose'"]),
+    "an unknown device": ({"device": "gpu"}, ["device", "'cuda'", "'gpu'"]),
+    "no device": ({"device": []}, ["device", "at least one"]),
+    "strict with a cache": ({"determinism": "strict", "step_cache": "first_block:0.1"}, ["strict", "step_cache"]),
+    "an unknown built-in model": ({"hf_model_name_or_path": "builtin:flux"}, ["no built-in model", "'builtin:flux'"]),
+    "an unknown folder": ({"hf_model_name_or_path": "/nowhere/flux"}, ["/nowhere/flux"]),
+    "a folder that is no model": ({"hf_model_name_or_path": "EMPTY"}, ["EMPTY", "model_index.json"]),
+    "a file as the model": ({"hf_model_name_or_path": "FILE"}, ["is a file", "folder of a diffusers pipeline"]),
+    "an unknown pipeline class": ({"diffuser_model_name": "FLUXX"}, ["FLUXX"]),
+    "a parameter that the model does not take": ({"pipeline_kwargs": {"stepz": 4}}, ["no parameter 'stepz'"]),
+    "a parameter that is no JSON": ({"pipeline_kwargs": {"generator": object()}}, ["pipeline arguments"]),
+    "a height without a width": ({"diffuser_image_height": 64}, ["height", "width"]),
+    "a size that does not fit the model": (
+        {"diffuser_image_height": 33, "diffuser_image_width": 47},
+        ["multiples of", "47×33", "nearest"],
+    ),
+    "an unknown LoRA": ({"lora": "no_such_lora.safetensors"}, ["no LoRA", "no_such_lora.safetensors"]),
+}
+
+
+@pytest.mark.parametrize(("settings", "words"), BAD_SERVINGS.values(), ids=BAD_SERVINGS)
+def test_a_serving_that_cannot_work_is_refused_before_any_work(site, model, settings, words):
+    site.fill(["a fox"])
+    (site.root / "EMPTY").mkdir()
+    (site.root / "FILE").write_text("weights?")
+    named = settings.get("hf_model_name_or_path", model)
+    path = str(site.root / named) if named in ("EMPTY", "FILE") else named
+    with pytest.raises(ConfigError) as refused:
+        serving = local(image_io=ImageIO(site.images), **{**settings, "hf_model_name_or_path": path})
+        Text2ImageGenerator(serving, options=QUIET).run(FileStorage(str(site.table), str(site.cache)).step())
+    said(str(refused.value), words, where=[])
+    assert not site.images.exists()
+    assert site.run().done == 1, "the folder is not spoilt by the attempt"
+
+
+# What is wrong → the row, words of the message. All in one run, between good rows.
+BAD_WISHES = {
+    "a size that does not fit the model": ({"height": 33, "width": 47}, ["multiples of", "47×33", "nearest"]),
+    "a million steps": ({"num_inference_steps": 1_000_000}, ["num_inference_steps", "at most"]),
+    "a parameter that the model does not take": ({"strength": 0.5}, ["takes no parameter 'strength'"]),
+    "a negative prompt without effect": ({"negative_prompt": "blur"}, ["negative prompt", "no effect"]),
+}
+
+
+@pytest.mark.slow
+def test_rows_a_model_cannot_make_fail_with_a_reason_and_the_others_come_out(site, model):
+    good = {"conversations": "a red circle"}
+    site.fill([row for wish, _ in BAD_WISHES.values() for row in (good, {**good, **wish})])
+    serving = local(image_io=ImageIO(site.images), hf_model_name_or_path=model, batch_size=4)
+    summary = Text2ImageGenerator(serving, options=QUIET).run(FileStorage(str(site.table), str(site.cache)).step())
+    assert (summary.done, summary.failed) == (len(BAD_WISHES), len(BAD_WISHES))
+    assert summary.reasons == {"bad_request": len(BAD_WISHES)}
+    rows = site.rows()
+    assert all(len(row["images"]) == 1 for row in rows[::2]), "the good rows come out"
+    for row, (_, words) in zip(rows[1::2], BAD_WISHES.values(), strict=True):
+        assert row["images"] == []
+        said(row["images_error"]["message"], words, where=[])
+
+
+@pytest.mark.slow
+def test_pictures_a_model_cannot_edit_fail_with_a_reason_and_the_others_come_out(make_site, tmp_path, model):
+    site = make_site(tmp_path / "edits", task="edit")
+    bad = {name: case for name, case in BAD_IMAGES.items() if isinstance(case[0], bytes)}
+    (site.root / "good.png").write_bytes(png())
+    rows = [{"conversations": "make it red", "images": "good.png"}]
+    for number, (content, name, _, _) in enumerate(bad.values()):
+        (site.root / f"{number}{name}").write_bytes(content)
+        rows.append({"conversations": "make it red", "images": f"{number}{name}"})
+    rows += [
+        {"conversations": "make it red", "images": ["good.png"] * 20},
+        {**rows[0], "conversations": "make it blue"},
+    ]
+    site.fill(rows)
+    serving = local(
+        image_io=ImageIO(site.images), hf_model_name_or_path=model, batch_size=4, Image_gen_task="imageedit"
+    )
+    storage = FileStorage(str(site.table), str(site.cache)).step()
+    summary = PromptedImageEditGenerator(serving, options=QUIET).run(storage)
+    assert (summary.done, summary.failed) == (2, len(bad) + 1)
+    first, *wrong, many, last = site.rows()
+    assert [len(row["edited_images"]) for row in (first, last)] == [1, 1]
+    for row, (_, _, _, words) in zip(wrong, bad.values(), strict=True):
+        said(row["edited_images_error"]["message"], words, where=[str(site.root / row["images"])])
+    said(many["edited_images_error"]["message"], ["takes 1 input image", "the row has 20"], where=[])

@@ -197,3 +197,39 @@ def wait_until(condition, what, seconds=10):
     while not condition():
         assert time.monotonic() < end, what
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_run_with_the_real_pipeline_killed_at_random_moments(site, make_nursery, model):
+    """One image has to be what one undisturbed run makes of it, whatever was killed before."""
+    rng = random.Random(24)
+    texts = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "dot")]
+    site.fill([texts[number % 8] for number in range(24)]).cache.mkdir()
+    nursery = make_nursery("dataflow.serving.local_image_gen_serving", "diffusers", env={"OMP_NUM_THREADS": "1"})
+    settings = {"hf_model_name_or_path": model, "batch_size": 2, "determinism": "strict"}
+
+    def job(site):
+        return {**site.job(), "kind": "local", "log": str(site.log), "serving": settings}
+
+    for _ in range(6):
+        nursery.start(job(site))
+        before, end = len(site.generated()), time.monotonic() + 60
+        if rng.random() < 0.8:  # else it dies while it loads
+            while len(site.generated()) == before:
+                assert time.monotonic() < end, nursery.errors.read_text()
+                time.sleep(0.005)
+        assert nursery.end(kill_after=rng.uniform(0, 0.1)) == KILLED, "this life ended before its kill"
+    assert nursery.live(job(site)) == 0
+    again = extra(site, 24)
+    print(f"\n{again} generations beyond 24 in 6 kills")
+    assert again <= 6 * 2 * 2
+    reference = type(site)(site.root / "undisturbed").fill([row["conversations"] for row in site.rows()])
+    reference.cache.mkdir()
+    assert nursery.live(job(reference)) == 0
+    names = [Path(row["images"][0]).name for row in site.rows()]
+    assert names == [Path(row["images"][0]).name for row in reference.rows()]
+    assert len(set(names)) == 24
+    for row, undisturbed in zip(site.rows(), reference.rows(), strict=True):
+        first, second = Image.open(row["images"][0]), Image.open(undisturbed["images"][0])
+        assert first.tobytes() == second.tobytes()
+        assert json.loads(first.text["dataflow"])["prompt"] == row["conversations"]

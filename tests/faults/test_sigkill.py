@@ -40,9 +40,12 @@ def test_a_run_of_500_rows_killed_at_100_random_moments(site, nursery):
         time.sleep(rng.uniform(0, 0.5))
         process.kill()
         assert process.wait() == KILLED
-    # 70 lives die while they generate, encode, write images and records.
-    for _ in range(70):
-        assert nursery.live(site.job(), rng.uniform(0, 0.1)) == KILLED, "this life ended before its kill"
+    # 70 lives die while they generate, encode, write images and records; they are made as long as it takes, on this
+    # machine, to spread them over the whole table.
+    longest = 0.1
+    for number in range(70):
+        assert nursery.live(site.job(), rng.uniform(0, longest)) == KILLED, "this life ended before its kill"
+        longest *= 1.1 if len(site.generated()) < 6.5 * number else 0.9
     under_fire = len(site.generated())
     assert nursery.live(site.job()) == 0
     # 10 lives have nothing left to make: they die while they read the journal, fold and write the table.
@@ -54,8 +57,9 @@ def test_a_run_of_500_rows_killed_at_100_random_moments(site, nursery):
     assert (summary.rows, summary.done, summary.pending) == (500, 500, 0)
     site.check()
     again = extra(site, 500)
-    print(f"\n{under_fire} of 500 images made in 90 killed lives; {again} generations beyond 500")
-    assert again <= 100 * (concurrency + 1) * batch_size
+    bound = 90 * (concurrency + 1) * batch_size
+    print(f"\n{under_fire} of 500 images made in 90 killed lives; {again} generations beyond 500, bound {bound}")
+    assert again <= bound
     assert site.run().made == 0
 
 
@@ -94,7 +98,7 @@ def test_killed_at_every_single_step_towards_the_disk(make_site, nursery, tmp_pa
         assert again <= kills * (site.serving.get("concurrency", 1) + 1) * 2
         worst = max(worst, again)
         assert not list(site.root.rglob("*.tmp")), f"killed at step {step}"
-    print(f"\n{task}: {steps - 1} places to die, at most {worst} of {images} images made twice")
+    print(f"\n{task}: {steps - 1} places to die, at most {worst} generations beyond {images}")
 
 
 def test_a_row_that_kills_its_process_fails_alone(site, nursery):

@@ -88,9 +88,12 @@ def test_the_cache_lies_beside_the_file_by_default(write, tmp_path):
     assert config.load(write(GOOD.replace('cache_path = "out"', ""))).folder == tmp_path / "cache"
 
 
-def test_dump_is_read_back(write, tmp_path):
+def test_dump_is_read_back(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "out").mkdir()
-    text = GOOD + '\n[run]\nmax_failed_fraction = 0.25\nretry = ["timeout"]\n[images]\nformat = "webp"\n'
+    (tmp_path / "own_operator_with_table.py").write_text(OWN)
+    step = '[[step]]\noperator = "own_operator_with_table:Keep"\nsome = {step = "a\\r\\nb"}\n'
+    text = GOOD + step + '\n[run]\nmax_failed_fraction = 0.25\nretry = ["timeout"]\n[images]\nformat = "webp"\n'
     before = config.load(write(text))
     file = tmp_path / "out" / "job.toml"
     file.write_text(config.dump(before, tmp_path / "out"))
@@ -201,7 +204,7 @@ if TYPE_CHECKING:
     from somewhere import Unknown
 
 class Keep:
-    def __init__(self, least: Unknown = None, **rest):
+    def __init__(self, least: Unknown = None, some=None, **rest):
         if least == 0:
             raise ValueError("least must not be 0")
     def plan(self, *, key: str = "score"):

@@ -234,15 +234,18 @@ def dump(config: PipelineConfig, folder: Path) -> str:
 
     Paths inside the folder are written relative to it, so that the folder may be moved as a whole; others are absolute.
     """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - must not follow links
     document: dict[str, Any] = {"storage": config.storage, "images": config.images}
-    document["serving"] = {name: {"type": s.type, **s.arguments} for name, s in config.servings.items()}
-    document["step"] = [
-        {"operator": s.operator, **({"serving": s.serving} if s.serving else {}), **s.arguments, **s.keys}
-        for s in config.steps
-    ]
     if config.run:
         document["run"] = config.run
-    return tomli_w.dumps(_plain(document, Path(os.path.abspath(folder))))  # noqa: PTH100 - must not follow links
+    document["serving"] = {name: {"type": s.type, **s.arguments} for name, s in config.servings.items()}
+    parts = [tomli_w.dumps(_plain(document, folder))]
+    for step in config.steps:
+        serving = {"serving": step.serving} if step.serving else {}
+        table = {"operator": step.operator, **serving, **step.arguments, **step.keys}
+        # Given the list of steps, tomli_w would write short ones as one long line.
+        parts.append(tomli_w.dumps(_plain({"step": table}, folder)).replace("[step]", "[[step]]", 1))
+    return "\n".join(parts)
 
 
 # Tables ------------------------------------------------------------------------------------------------------------
@@ -373,7 +376,10 @@ def _construct(place: _Place, kind: Any, arguments: Mapping[str, Any]) -> Any:
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return {name: each for name, each in inspect.signature(function).parameters.items() if name != "self"}
+    """What may be given by name."""
+    parameters = inspect.signature(function).parameters
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: each for name, each in parameters.items() if name != "self" and each.kind in named}
 
 
 def _arguments(
@@ -381,8 +387,7 @@ def _arguments(
 ) -> dict[str, Any]:
     """Keyword arguments for a function, checked against its signature, with absolute paths."""
     parameters = _parameters(function)
-    variable = [name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD]
-    if not variable:
+    if not any(each.kind is each.VAR_KEYWORD for each in inspect.signature(function).parameters.values()):
         _known(place, given, [name for name in parameters if name not in skip], "key")
     hints = hints_of(function)
     for name, value in given.items():
@@ -391,8 +396,7 @@ def _arguments(
             near = did_you_mean(value, choices(hint)) if isinstance(value, str) else ""
             place.fail(f"{name}: expected {described(hint)}, found {_shown(value)}{near}")
     for name, each in parameters.items():
-        plain = each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
-        if plain and each.default is each.empty and name not in skip and name not in given:
+        if each.default is each.empty and name not in skip and name not in given:
             place.fail(f"the key {name!r} is missing")
     return {name: _located(name, converted(value, hints.get(name, Any)), place) for name, value in given.items()}
 

@@ -58,17 +58,35 @@ class Pipeline:
     def check(self, storage: FileStorage) -> None:
         """Find out, before anything runs, what would stop a later step.
 
-        Every column a step needs must be in the user's table or be written by a step before it; every serving must find
-        its model and take its parameters. A table without rows has no columns to check.
+        Raises:
+            DataflowError: as :meth:`check_servings` and :meth:`check_columns`.
+        """
+        self.check_servings()
+        self.check_columns(storage)
+
+    def check_servings(self) -> None:
+        """Every serving must find its model and take its parameters. Nothing is loaded.
+
+        Raises:
+            ConfigError: one cannot be used like this.
+        """
+        for plan in self.plans():
+            if plan.serving is not None:
+                plan.serving.fingerprint()
+                plan.serving.default_params()
+
+    def check_columns(self, storage: FileStorage) -> None:
+        """Every column a step needs must be in the user's table or be written by a step before it.
+
+        A table without rows has no columns to check.
 
         Raises:
             InputError: a column is missing, or the table cannot be read.
-            ConfigError: a serving cannot be used like this, or a step would overwrite the user's table.
+            ConfigError: a step would overwrite the user's table.
         """
-        plans = self.plans()
         columns = table_columns(storage)
         table = storage.reset().step().input_path
-        for number, plan in enumerate(plans, 1):
+        for number, plan in enumerate(self.plans(), 1):
             for column in plan.inputs:
                 if columns and column not in columns:
                     raise InputError(
@@ -82,10 +100,6 @@ class Pipeline:
                 raise ConfigError(f"step {number} would overwrite {table}, which it starts from: use another folder")
             storage.step()
         storage.reset()
-        for plan in plans:
-            if plan.serving is not None:
-                plan.serving.fingerprint()
-                plan.serving.default_params()
 
     def run(self, storage: FileStorage, options: RunOptions | None = None) -> list[Summary]:
         """Run every step from the first; what is finished already is not made again.

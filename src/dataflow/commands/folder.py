@@ -1,0 +1,127 @@
+"""A job's folder: its pipeline file, its input where the command line gave the text, its run."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dataflow import config as configuration
+from dataflow.config import Job, PipelineConfig
+from dataflow.errors import ConfigError, InputError
+from dataflow.runtime.engine import RunOptions
+from dataflow.runtime.lock import cache_lock
+from dataflow.types import Summary
+
+JOB_FILE = "job.toml"
+_HEADER = "# What this folder was made by. `dataflow run` takes this file; paths are relative to this folder.\n\n"
+
+
+def load_job(folder: Path) -> PipelineConfig:
+    """The pipeline file of a job's folder.
+
+    Raises:
+        InputError: there is none.
+        ConfigError: it cannot be used.
+    """
+    if not folder.is_dir():
+        raise InputError("no such folder", path=folder)
+    if not (folder / JOB_FILE).is_file():
+        raise InputError(
+            f"holds no {JOB_FILE}: name the folder that `dataflow generate`, `edit`, `run` or `demo` wrote to",
+            path=folder,
+        )
+    return configuration.load(folder / JOB_FILE)
+
+
+def launch(
+    config: PipelineConfig,
+    args: argparse.Namespace,
+    inputs: Mapping[Path, bytes] | None = None,
+    retry: Sequence[str] | None = None,
+) -> list[Summary]:
+    """Check a configuration, keep it in its folder and run it.
+
+    Args:
+        config: what to run.
+        args: ``quiet``.
+        inputs: tables to write first, by path.
+        retry: reasons of earlier failures to try again; None for the configuration's own choice.
+    """
+    changes: dict[str, object] = {"retry": frozenset(retry)} if retry else {}
+    if args.quiet:
+        changes |= {"quiet": True, "progress": False}
+    job = configuration.build(config, configuration.run_options(config, **changes))
+    job.pipeline.check_servings()
+    if not inputs:
+        job.pipeline.check_columns(job.storage)
+    if not args.quiet:
+        _say_which_model(config)
+    with _writable(config.folder), cache_lock(config.folder):
+        for path, data in (inputs or {}).items():
+            write_if_changed(path, data)
+        text = configuration.dump(config, config.folder)
+        write_if_changed(config.folder / JOB_FILE, (_HEADER + text).encode())
+    return run(job)
+
+
+def run(job: Job, options: RunOptions | None = None) -> list[Summary]:
+    """Run a job and say on standard output where its last table is."""
+    options = options or job.options
+    summaries = job.pipeline.run(job.storage, options)
+    if not options.quiet:
+        print(f"  images: {shown(job.images.save_path)}", file=sys.stderr)
+    print(summaries[-1].output)
+    return summaries
+
+
+def exit_code(summaries: Sequence[Summary], folder: Path, *, quiet: bool) -> int:
+    """0 if every row is done or was dropped on purpose, else 1, with the next command to try."""
+    if not any(summary.refused or summary.failed for summary in summaries):
+        return 0
+    if not quiet:
+        again = f"dataflow retry {shown(folder)}"
+        refused = not any(summary.failed for summary in summaries)
+        print(f"try what failed again: {again}{' --reason refused' if refused else ''}", file=sys.stderr)
+    return 1
+
+
+def shown(path: Path) -> str:
+    """The path as short as it can be typed from here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def write_if_changed(path: Path, data: bytes) -> None:
+    """Replace a file atomically, unless it holds this already: its date tells whether a job changed."""
+    if path.is_file() and path.read_bytes() == data:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _say_which_model(config: PipelineConfig) -> None:
+    for serving in config.servings.values():
+        if serving.type == "local" and "hf_model_name_or_path" not in serving.arguments:
+            print(
+                "note: no model is named: the small built-in one draws a few shapes, colours and places at 64 × 64.\n"
+                "      --model names a real one, such as black-forest-labs/FLUX.1-dev or a folder.",
+                file=sys.stderr,
+            )
+            return
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"the folder {folder} cannot be written: {error.strerror}") from error

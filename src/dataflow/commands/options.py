@@ -1,0 +1,205 @@
+"""The options that ``generate`` and ``edit`` share, and the pipeline file's tables they stand for.
+
+An option whose ``dest`` is ``serving.NAME`` is the argument NAME of the local serving's constructor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+DEFAULT_FOLDER = "dataflow_output"
+CACHE_TYPES = ("jsonl", "json", "csv", "parquet")
+DEFAULT_BATCH = 4
+_SERVING = "serving."
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """Everything but the input itself."""
+    _table_options(parser)
+    _image_options(parser)
+    _model_options(parser)
+    _speed_options(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--fake",
+        action="store_true",
+        help="a dry run: no model, the pictures are coloured tiles (settings of the model are not checked)",
+    )
+    group.add_argument(
+        "--max-failed-fraction",
+        type=float,
+        metavar="F",
+        help="stop when more than this share of the rows failed, and at least 100 (default 0.5)",
+    )
+
+
+def serving_table(args: argparse.Namespace, task: str) -> dict[str, Any]:
+    """The ``[serving.NAME]`` that the options describe."""
+    given = {
+        name.removeprefix(_SERVING): value
+        for name, value in vars(args).items()
+        if name.startswith(_SERVING) and value is not None
+    }
+    if args.size:
+        given["diffuser_image_width"], given["diffuser_image_height"] = args.size
+    if args.pipeline_arg:
+        given["pipeline_kwargs"] = dict(args.pipeline_arg)
+    if not args.fake:
+        return {"type": "local", **({"Image_gen_task": task} if task != "text2image" else {}), **given}
+    params = dict(given.get("pipeline_kwargs", {}))
+    for name, option in (
+        ("num_inference_steps", "diffuser_num_inference_steps"),
+        ("guidance_scale", "diffuser_guidance_scale"),
+        ("negative_prompt", "negative_prompt"),
+    ):
+        if option in given:
+            params[name] = given[option]
+    fake: dict[str, Any] = {"type": "fake", "batch_size": given["batch_size"]}
+    if args.size:
+        fake["size"] = list(args.size)
+    if "diffuser_num_images_per_prompt" in given:
+        fake["images_per_prompt"] = given["diffuser_num_images_per_prompt"]
+    if params:
+        fake["params"] = params
+    return fake
+
+
+def _table_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("table")
+    group.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        default=DEFAULT_FOLDER,
+        help="folder for images, tables and journal (default ./%(default)s)",
+    )
+    group.add_argument(
+        "--column",
+        metavar="NAME",
+        help="column with the prompt or the instruction (default: conversations or what else looks like it)",
+    )
+    group.add_argument("--cache-type", choices=CACHE_TYPES, default="jsonl", help="format of the result table")
+    group.add_argument("--format", choices=("png", "webp", "jpeg"), default="png", help="of the images")
+
+
+def _image_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("images")
+    add = _adder(group)
+    add("--steps", "diffuser_num_inference_steps", type=_from_one, metavar="N", help="denoising steps")
+    add("--guidance", "diffuser_guidance_scale", type=float, metavar="G", help="guidance scale (default: the model's)")
+    group.add_argument("--size", type=_size, metavar="WxH", help="such as 1024x768 (default: the model's)")
+    add("--negative-prompt", metavar="TEXT", help="what must not be seen, for rows that do not say it themselves")
+    add("--images-per-prompt", "diffuser_num_images_per_prompt", type=_from_one, metavar="N", help="default 1")
+    group.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="every image's seed follows from it (default 0)"
+    )
+    group.add_argument(
+        "--pipeline-arg",
+        type=_name_value,
+        action="append",
+        metavar="NAME=VALUE",
+        help="a further argument of the pipeline's call, such as true_cfg_scale=4.0; may be repeated",
+    )
+    add(
+        "--strict", "determinism", action="store_const", const="strict", help="bitwise reproducible; one image per call"
+    )
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add = _adder(group)
+    add(
+        "--model",
+        "hf_model_name_or_path",
+        metavar="NAME",
+        help="hub id (org/name) or folder of a diffusers pipeline (default: the small builtin:tiny-flux)",
+    )
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    add("--variant", metavar="NAME", help="weights variant, such as fp16")
+    add("--pipeline-class", "diffuser_model_name", metavar="NAME", help="FLUX, FLUX-Kontext or a class of diffusers")
+    add("--lora", action="append", metavar="NAME[@SCALE]", help="LoRA file, folder or hub id; may be repeated")
+    add("--scheduler", metavar="CLASS", help="in place of the model's own")
+    add("--hf-cache-dir", metavar="DIR", help="the Hub's cache")
+    add("--hf-local-dir", metavar="DIR", help="download hub models here, into a folder per model and commit")
+    add("--local-files-only", action="store_const", const=True, help="never ask the Hub")
+
+
+def _speed_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("memory and speed")
+    add = _adder(group)
+    add(
+        "--batch-size",
+        type=_from_one,
+        default=DEFAULT_BATCH,
+        metavar="N",
+        help="most images per call (default %(default)s)",
+    )
+    add(
+        "--device",
+        type=_devices,
+        metavar="DEV[,DEV]",
+        help="cpu, mps, cuda, cuda:0,cuda:1 (default: every GPU, else the CPU)",
+    )
+    add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), help="default auto: bf16 on a GPU, fp32 on the CPU")
+    add("--compile", choices=("regional", "full"), help="torch.compile the repeated blocks, or all of the denoiser")
+    add("--attention", "attention_backend", metavar="NAME", help="diffusers' attention backend, such as _native_cudnn")
+    add("--quantization", metavar="NAME", help="torchao:int8wo, torchao:fp8wo, bnb:4bit, …")
+    add("--step-cache", metavar="NAME", help="first_block:0.08 or taylorseer:5; faster and lossy")
+    add(
+        "--offload",
+        choices=("model", "sequential", "group"),
+        help="weights wait on the CPU, for models that do not fit",
+    )
+    add("--vae-slicing", action="store_const", const=True, help="decode one image at a time")
+    add("--vae-tiling", action="store_const", const=True, help="decode in tiles, for very large images")
+    add("--channels-last", action="store_const", const=True, help="memory format of the convolutions")
+
+
+def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:
+    def add(flag: str, argument: str | None = None, **options: Any) -> None:
+        group.add_argument(flag, dest=_SERVING + (argument or flag[2:].replace("-", "_")), **options)
+
+    return add
+
+
+def _from_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text}")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1, got {text}")
+    return number
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)[x×X](\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"write width and height as 1024x768, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _devices(text: str) -> str | list[str]:
+    names = [name.strip() for name in text.split(",")]
+    return names[0] if len(names) == 1 else names
+
+
+def _name_value(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"write it as name=value, got {text!r}")
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    if parsed is None:
+        raise argparse.ArgumentTypeError(f"null is no value: leave {name} out")
+    return name, parsed

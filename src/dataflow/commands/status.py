@@ -1,0 +1,210 @@
+"""``status``: what became of the rows of a job's folder, read without the lock and without a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from dataflow import config as configuration
+from dataflow.commands.folder import JOB_FILE, load_job, shown
+from dataflow.config import Job, PipelineConfig
+from dataflow.errors import ConfigError, InputError
+from dataflow.runtime.journal import Journal
+from dataflow.runtime.progress import human_bytes
+from dataflow.runtime.survey import survey
+from dataflow.runtime.table import SETTLED, journal_folder, load_summary
+from dataflow.types import Plan
+from dataflow.utils.storage import FileStorage
+
+StepStatus = dict[str, Any]
+"""What is printed of one step; a figure is None where nothing tells it."""
+
+FIGURES = ("rows", *SETTLED, "pending", "images", "bytes")
+
+
+def status(args: argparse.Namespace) -> int:
+    """Print the sums."""
+    folder = Path(args.folder)
+    steps = list(_steps_of_job(folder) if (folder / JOB_FILE).is_file() else _steps_of_journals(folder))
+    writer = _writer(folder)
+    if args.json:
+        print(json.dumps({"folder": str(folder), "running": writer, "steps": steps}, indent=2, ensure_ascii=False))
+        return 0
+    print(f"{shown(folder)}: {_running(writer)}")
+    for step in steps:
+        print(_described(step))
+    return 0
+
+
+def _steps_of_job(folder: Path) -> Iterator[StepStatus]:
+    """The steps that the folder's pipeline file describes, also those that have not begun."""
+    config = load_job(folder)
+    job = configuration.build(_offline(config))
+    job.storage.reset()
+    before: StepStatus = {}
+    for plan in job.pipeline.plans():
+        job.storage.step()
+        before = _step(folder, job, plan, before)
+        yield before
+
+
+def _step(folder: Path, job: Job, plan: Plan, before: StepStatus) -> StepStatus:
+    storage = job.storage
+    journal = journal_folder(storage)
+    known = load_summary(journal)
+    begun = journal.is_dir()
+    facts = {"step": storage.step_name, "operator": plan.name, "table": None}
+    if known and _is_current(known, journal, storage, folder):
+        return facts | _figures(known) | {"table": known["output"]}
+    if before and (before["pending"] or not storage.input_path.exists()):
+        # The table this step reads is not written yet: all of its rows are still to come.
+        rows = None if before["rows"] is None else before["rows"] - before["dropped"]
+        return facts | dict.fromkeys(FIGURES, 0) | {"rows": rows, "pending": rows, "reasons": {}}
+    if plan.serving is None:
+        rows = storage.count_rows()
+        return facts | dict.fromkeys(FIGURES, 0) | {"rows": rows, "pending": rows, "reasons": {}}
+    try:
+        summary = survey(plan, plan.serving, storage)
+    except ConfigError:
+        if not begun:
+            raise
+        return facts | _of_journal(journal)  # the model is gone, so its requests cannot be told from others
+    return facts | {name: getattr(summary, name) for name in (*FIGURES, "reasons")}
+
+
+def _is_current(known: dict[str, Any], journal: Path, storage: FileStorage, folder: Path) -> bool:
+    """Whether the sum that the last run left still says how things stand."""
+    try:
+        written = (journal / "summary.json").stat().st_mtime_ns
+        inputs = [storage.input_path, folder / JOB_FILE, *journal.glob("*.jsonl")]
+        table = storage.output_path.stat()
+        return (
+            known.get("output") == str(storage.output_path)
+            and known["output_signature"] == [table.st_size, table.st_mtime_ns]
+            and all(path.stat().st_mtime_ns <= written for path in inputs)
+        )
+    except (OSError, KeyError):
+        return False
+
+
+def _steps_of_journals(folder: Path) -> Iterator[StepStatus]:
+    """The steps of a folder that a script wrote: their last sums, or what their journals say of requests."""
+    journals = sorted(path for path in (folder / "journal").glob("*") if path.is_dir())
+    if not journals:
+        load_job(folder)  # says what is wrong with it
+        raise InputError("nothing was run in it yet", path=folder)
+    for journal in journals:
+        known = load_summary(journal)
+        facts = {"step": journal.name, "operator": known and known["operator"], "table": known and known["output"]}
+        newer = (
+            any(
+                path.stat().st_mtime_ns > (journal / "summary.json").stat().st_mtime_ns
+                for path in journal.glob("*.jsonl")
+            )
+            if known
+            else True
+        )
+        yield facts | (_of_journal(journal, known) if newer or known is None else _figures(known))
+
+
+def _of_journal(journal: Path, known: dict[str, Any] | None = None) -> StepStatus:
+    """Figures of requests instead of rows, marked as such; pending follows from the input table where it is known."""
+    index = Journal(journal).load()
+    endings = list(index.endings.values())
+    reasons: dict[str, int] = {}
+    for ending in endings:
+        reasons[ending.reason] = reasons.get(ending.reason, 0) + 1
+    refused = sum(ending.status == "refused" for ending in endings)
+    done = len(index.packed)
+    rows = None
+    if known:
+        try:
+            rows = FileStorage(known["input"]).step().count_rows()
+        except (InputError, ConfigError):
+            rows = None
+    return {
+        "rows": rows,
+        "done": done,
+        "refused": refused,
+        "failed": len(endings) - refused,
+        "dropped": 0,
+        "pending": None if rows is None else max(0, rows - done - len(endings)),
+        "images": sum(index.image_count(key) for key in index.packed),
+        "bytes": sum(index.size(key) for key in index.packed),
+        "reasons": reasons,
+        "counted": "requests",
+    }
+
+
+def _figures(known: dict[str, Any]) -> StepStatus:
+    return {name: known.get(name) for name in (*FIGURES, "reasons")}
+
+
+def _offline(config: PipelineConfig) -> PipelineConfig:
+    """The configuration with models looked up on this machine only."""
+    servings = {
+        name: replace(serving, arguments={**serving.arguments, "local_files_only": True})
+        if serving.type == "local"
+        else serving
+        for name, serving in config.servings.items()
+    }
+    return replace(config, servings=servings)
+
+
+# Words -------------------------------------------------------------------------------------------------------------
+
+
+def _writer(folder: Path) -> dict[str, Any] | None:
+    """Who writes to the folder now, as its lock says."""
+    try:
+        owner = orjson.loads((folder / ".lock.owner").read_bytes())
+        gone = owner["host"] == socket.gethostname() and not _alive(owner["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if gone else owner  # a process that was killed leaves its name behind
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # not on Linux
+        return True
+    return state != "Z"  # dead, and its parent has not noticed yet
+
+
+def _running(writer: dict[str, Any] | None) -> str:
+    if writer is None:
+        return "not running"
+    return f"running, process {writer['pid']} on {writer['host']} since {writer['since']}"
+
+
+def _described(step: StepStatus) -> str:
+    title = step["step"] + (f" ({step['operator']})" if step["operator"] else "")
+    names = ["done", "refused", "failed", *(["dropped"] if step["dropped"] else []), "pending"]
+    parts = " + ".join(f"{'?' if step[name] is None else step[name]} {name}" for name in names)
+    rows = "?" if step["rows"] is None else step["rows"]
+    lines = [title]
+    if "counted" in step:
+        lines.append(f"  {rows} rows; requests: {parts}")
+    else:
+        lines.append(f"  {rows} rows = {parts}")
+    if step["reasons"]:
+        reasons = sorted(step["reasons"].items(), key=lambda item: -item[1])
+        lines.append("  not done, by reason: " + ", ".join(f"{reason} {count}" for reason, count in reasons))
+    lines.append(f"  {step['images']} images ({human_bytes(step['bytes'])})")
+    lines.append(f"  table: {shown(Path(step['table'])) if step['table'] else 'not written yet'}")
+    return "\n".join(lines)

@@ -1,6 +1,8 @@
 """Tables that change between runs, prompts of every kind, and changed settings: right images, nothing made in vain."""
 
+import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -155,6 +157,19 @@ def test_a_lone_surrogate_fails_its_row_with_a_clear_error(site, column):
     assert "not valid Unicode" in message
     site.fill([rows[0], {"conversations": "a fox, too"}, rows[2]])
     assert site.run().made == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode here")
+def test_a_folder_whose_name_is_no_utf8(make_site, tmp_path):
+    site = make_site(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
+    site.fill(["a fox", "a kite"])
+    assert site.run().done == 2
+    site.check()
+    before = state(site)
+    site.fill(["a fox", "a kite", "a cat"])
+    assert site.run().made == 1
+    assert untouched(site, before) == 1
+    site.check()
 
 
 # Settings -------------------------------------------------------------------------------------------------------------

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from dataflow.errors import InputError, StepError
 from dataflow.runtime.planner import Planner, checked_rows
@@ -38,7 +37,7 @@ def write(plan: Plan, storage: FileStorage, planner: Planner, signature: Mapping
     tally = planner.tally
     store = planner.serving.image_io
     place = store.path("") if store else ""
-    state = hashlib.sha256(orjson.dumps([plan.name, plan.outputs, signature, place]))
+    state = hashlib.sha256(json.dumps([plan.name, plan.outputs, signature, place], sort_keys=True).encode())
     state.update(planner.book.keys)
     state.update(planner.book.counts.tobytes())
     state.update(repr(sorted(planner.index.endings.items())).encode(errors="replace"))
@@ -89,15 +88,16 @@ def save_summary(plan: Plan, storage: FileStorage, summary: Summary, **facts: ob
         **facts,
     }
     temporary = folder / "summary.json.tmp"
-    temporary.write_bytes(orjson.dumps(body, option=orjson.OPT_INDENT_2))
+    # Not orjson: a folder's name may be no UTF-8.
+    temporary.write_text(json.dumps(body, indent=2, default=str))
     temporary.replace(folder / "summary.json")
 
 
 def load_summary(folder: Path) -> dict[str, Any] | None:
     """What :func:`save_summary` kept, or None."""
     try:
-        return orjson.loads((folder / "summary.json").read_bytes())
-    except (FileNotFoundError, orjson.JSONDecodeError):
+        return json.loads((folder / "summary.json").read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import orjson
 import pytest
 
-from dataflow.errors import InputError, RunStoppedError, StepError
+from dataflow.errors import ConfigError, InputError, RunStoppedError, StepError
 from dataflow.runtime.engine import RunOptions, execute
 from dataflow.serving.fake_serving import FakeServing
 from dataflow.types import Draft, Drop, Outcome, Plan
@@ -207,3 +207,15 @@ class TestFilters:
             with pytest.raises(StepError, match=r"in\.jsonl, row 2: column 'prompt': cannot be folded"):
                 execute(self.plan(fold, serving), job.prompts("a", "b", "c").storage(), QUIET)
             assert not job.output.exists()
+
+
+def test_a_step_never_replaces_the_table_it_reads(job):
+    job.prompts("a")
+    job.run()
+    job.input = job.output
+    before = job.output.read_bytes()
+    made = job.made()
+    with pytest.raises(ConfigError, match="would overwrite"):
+        job.run(seed=1)
+    assert job.output.read_bytes() == before
+    assert job.made() == made

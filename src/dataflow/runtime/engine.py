@@ -89,12 +89,13 @@ def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None)
 
     Raises:
         InputError: the table cannot be read, or lacks a column the plan needs.
-        ConfigError: the serving cannot be used as it is set up.
+        ConfigError: the serving cannot be used as it is set up, or the step would overwrite the user's table.
         CacheBusyError: another process writes to this cache folder.
         RunStoppedError: the run ended early (Ctrl-C, too many failures, a full disk, a service that is gone).
             Everything finished is kept, the old table of the step is untouched, and the next run goes on.
     """
     options = options or RunOptions()
+    storage.open_writer()  # writes nothing yet, but refuses a step that would overwrite the user's table
     with _readable_disk_errors(storage), cache_lock(Path(storage.cache_path)):
         if plan.serving is None:
             summary = table.fold_only(plan, storage)

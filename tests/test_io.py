@@ -351,7 +351,7 @@ def test_no_warning_reaches_the_user(tmp_path):
         "import sys, threading\nfrom dataflow.errors import ImageError\nfrom dataflow.io import ImageIO\n"
         "store = ImageIO('.', max_pixels=170_000_000)\n"
         "def work():\n  for n in range(4):\n"
-        "    try: store.read(str(n))\n    except ImageError as error: print(n, error.reason)\n"
+        "    try: store.read(str(n))\n    except ImageError as error: sys.stdout.write(f'{n} {error.reason}\\n')\n"
         "threads = [threading.Thread(target=work) for _ in range(2)]\n"
         "[t.start() for t in threads]; [t.join() for t in threads]\n"
     )
@@ -637,8 +637,8 @@ def test_killed_while_saving(tmp_path):
     script = (
         "import itertools, numpy as np\nfrom PIL import Image\nfrom dataflow.io import ImageIO\n"
         "image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))\n"
-        "store = ImageIO('images')\nprint('ready', flush=True)\n"
-        "for n in itertools.count():\n  store.save(image, f'{n % 7:032x}', {'prompt': str(n)})\n"
+        "store = ImageIO('images')\n"
+        "for n in itertools.count():\n  store.save(image, f'{n % 7:032x}', {'n': n})\n  print(n, flush=True)\n"
     )
     store = ImageIO(tmp_path / "images")
     for round_ in range(6):
@@ -658,9 +658,11 @@ def test_killed_while_saving(tmp_path):
 def test_disk_full_leaves_nothing(tmp_path):
     script = (
         "import resource, signal, numpy as np\nfrom PIL import Image\nfrom dataflow.io import ImageIO\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nfree = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, free[1]))\n"
         "image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))\n"
         f"try:\n  ImageIO('images').save(image, '{NAME}', {{}})\nexcept OSError as error:\n  print(error.strerror)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, free)\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ended.stdout == "File too large\n"

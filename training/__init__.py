@@ -1,0 +1,1 @@
+"""Training of the built-in model ``builtin:tiny-flux`` from procedurally drawn scenes."""

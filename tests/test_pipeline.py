@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import orjson
 import pytest
 
-from dataflow.errors import ConfigError, InputError
+from dataflow.errors import ConfigError, InputError, MissingExtraError
 from dataflow.io import ImageIO
 from dataflow.operators import PromptedImageEditGenerator, Text2ImageGenerator
 from dataflow.pipeline import Pipeline, Step, did_you_mean, listed, table_columns
@@ -91,6 +93,14 @@ def test_the_table_it_starts_from_is_never_overwritten(storage, serving):
     with pytest.raises(ConfigError, match="step 1 would overwrite"):
         pipeline.run(again, QUIET)
     assert first.read_bytes() == before
+
+
+def test_a_format_without_its_library(tmp_path, storage, serving, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    storage.cache_type = "parquet"
+    with pytest.raises(MissingExtraError, match="parquet"):
+        draw_and_edit(serving).run(storage, QUIET)
+    assert not (tmp_path / "made.log").exists()
 
 
 def test_a_pipeline_needs_a_step():

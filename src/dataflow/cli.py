@@ -63,12 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _signals() as interrupts:
         try:
-            return _run(arguments)
+            code = _run(arguments)
         except KeyboardInterrupt:
             _say(f"interrupted: nothing finished is lost. Go on with:\n  {shlex.join(['dataflow', *arguments])}")
-            if len(interrupts) > 1:
-                _exit_now()
-            return INTERRUPTED
+            code = INTERRUPTED
+        if len(interrupts) > 1:
+            _exit_now(code)
+    return code
 
 
 def _run(arguments: list[str]) -> int:
@@ -127,7 +128,7 @@ def _signals() -> Iterator[list[int]]:
     def handle(number: int, _: FrameType | None) -> None:
         received.append(number)
         if len(received) > 2:
-            _exit_now()
+            _exit_now(INTERRUPTED)
         raise KeyboardInterrupt
 
     before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -138,11 +139,11 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
 
-def _exit_now() -> NoReturn:
+def _exit_now(code: int) -> NoReturn:
     """Leave although a thread may sit in a model's call for minutes: Python would wait for it."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(INTERRUPTED)
+    os._exit(code)
 
 
 def _say(text: str) -> None:
@@ -160,6 +161,9 @@ def _set_up_logging(*, verbose: bool, quiet: bool) -> None:
     logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, handlers=[handler], force=True)
     if verbose:
         logging.getLogger("dataflow").setLevel(logging.INFO)
+    else:
+        # It tells every time which image processor it falls back to. Worker processes inherit this.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 # Arguments ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataflow.errors import ConfigError, InputError
 from dataflow.runtime.engine import RunOptions, execute
 from dataflow.types import BadRow, Plan, Summary
 from dataflow.utils.storage import FileStorage
+from dataflow.utils.tables import require
 
 PEEK_ROWS = 100
 """Rows that are looked at to learn a table's columns."""
@@ -59,10 +60,10 @@ class Pipeline:
         """Find out, before anything runs, what would stop a later step.
 
         Raises:
-            DataflowError: as :meth:`check_servings` and :meth:`check_columns`.
+            DataflowError: as :meth:`check_servings` and :meth:`check_tables`.
         """
         self.check_servings()
-        self.check_columns(storage)
+        self.check_tables(storage)
 
     def check_servings(self) -> None:
         """Every serving must find its model and take its parameters. Nothing is loaded.
@@ -75,15 +76,16 @@ class Pipeline:
                 plan.serving.fingerprint()
                 plan.serving.default_params()
 
-    def check_columns(self, storage: FileStorage) -> None:
+    def check_tables(self, storage: FileStorage) -> None:
         """Every column a step needs must be in the user's table or be written by a step before it.
 
-        A table without rows has no columns to check.
+        A table without rows has no columns to check. Nothing is written.
 
         Raises:
             InputError: a column is missing, or the table cannot be read.
-            ConfigError: a step would overwrite the user's table.
+            ConfigError: a step would overwrite the user's table, or its format needs a library that is not there.
         """
+        require(storage.cache_type)
         columns = table_columns(storage)
         table = storage.reset().step().input_path
         for number, plan in enumerate(self.plans(), 1):

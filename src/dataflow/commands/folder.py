@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dataflow import config as configuration
-from dataflow.config import Job, PipelineConfig
+from dataflow.config import PipelineConfig
 from dataflow.errors import ConfigError, InputError
-from dataflow.runtime.engine import RunOptions
 from dataflow.runtime.lock import cache_lock
 from dataflow.types import Summary
 
@@ -58,7 +57,7 @@ def launch(
     job = configuration.build(config, configuration.run_options(config, **changes))
     job.pipeline.check_servings()
     if not inputs:
-        job.pipeline.check_columns(job.storage)
+        job.pipeline.check_tables(job.storage)
     if not args.quiet:
         _say_which_model(config)
     with _writable(config.folder), cache_lock(config.folder):
@@ -66,24 +65,17 @@ def launch(
             write_if_changed(path, data)
         text = configuration.dump(config, config.folder)
         write_if_changed(config.folder / JOB_FILE, (_HEADER + text).encode())
-    return run(job)
-
-
-def run(job: Job, options: RunOptions | None = None) -> list[Summary]:
-    """Run a job and say on standard output where its last table is."""
-    options = options or job.options
-    summaries = job.pipeline.run(job.storage, options)
-    if not options.quiet:
+    summaries = job.pipeline.run(job.storage, job.options)
+    if not args.quiet:
         print(f"  images: {shown(job.images.save_path)}", file=sys.stderr)
-    print(summaries[-1].output)
     return summaries
 
 
-def exit_code(summaries: Sequence[Summary], folder: Path, *, quiet: bool) -> int:
+def exit_code(summaries: Sequence[Summary], folder: Path, args: argparse.Namespace) -> int:
     """0 if every row is done or was dropped on purpose, else 1, with the next command to try."""
     if not any(summary.refused or summary.failed for summary in summaries):
         return 0
-    if not quiet:
+    if not args.quiet:
         again = f"dataflow retry {shown(folder)}"
         refused = not any(summary.failed for summary in summaries)
         print(f"try what failed again: {again}{' --reason refused' if refused else ''}", file=sys.stderr)

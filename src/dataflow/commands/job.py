@@ -15,6 +15,7 @@ import orjson
 from dataflow import config as configuration
 from dataflow.commands.folder import exit_code, launch, load_job, shown
 from dataflow.commands.options import serving_table
+from dataflow.config import PipelineConfig
 from dataflow.errors import ConfigError, InputError
 from dataflow.pipeline import did_you_mean, listed, table_columns
 from dataflow.runtime.journal import Journal
@@ -60,8 +61,7 @@ def edit(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """A pipeline file."""
-    config = configuration.load(args.pipeline)
-    return exit_code(launch(config, args), config.folder, quiet=args.quiet)
+    return _finish(configuration.load(args.pipeline), args)
 
 
 def retry(args: argparse.Namespace) -> int:
@@ -76,7 +76,7 @@ def retry(args: argparse.Namespace) -> int:
                 f" the reasons are {listed(sorted(known)) or 'none: nothing failed'}",
                 path=folder,
             )
-    return exit_code(launch(config, args, retry=args.reason), config.folder, quiet=args.quiet)
+    return _finish(config, args, retry=args.reason)
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -101,9 +101,10 @@ def demo(args: argparse.Namespace) -> int:
     config = configuration.parse(document, folder=Path.cwd(), source="the demo")
     summaries = launch(config, args, {table.absolute(): data})
     sheet = _draw_sheet(summaries[-1], config.folder / "contact_sheet.png")
-    print(f"\nfolder:        {shown(config.folder)}\ncontact sheet: {shown(sheet)}")
+    print(f"table:         {shown(Path(str(summaries[-1].output)))}")
+    print(f"folder:        {shown(config.folder)}\ncontact sheet: {shown(sheet)}")
     print('try next:      dataflow generate "a blue star on a pink background" -o my_first')
-    return exit_code(summaries, config.folder, quiet=args.quiet)
+    return exit_code(summaries, config.folder, args)
 
 
 def _launch(args: argparse.Namespace, table: Path, inputs: dict[Path, bytes], step: dict[str, Any], task: str) -> int:
@@ -120,7 +121,19 @@ def _launch(args: argparse.Namespace, table: Path, inputs: dict[Path, bytes], st
         "run": run_table,
     }
     config = configuration.parse(document, folder=Path.cwd(), source="command line")
-    return exit_code(launch(config, args, inputs), config.folder, quiet=args.quiet)
+    return _finish(config, args, inputs)
+
+
+def _finish(
+    config: PipelineConfig,
+    args: argparse.Namespace,
+    inputs: dict[Path, bytes] | None = None,
+    retry: Sequence[str] | None = None,
+) -> int:
+    """Run and say on standard output where the result is."""
+    summaries = launch(config, args, inputs, retry)
+    print(summaries[-1].output)
+    return exit_code(summaries, config.folder, args)
 
 
 # Input -------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dataflow import config as configuration
 from dataflow.commands.folder import JOB_FILE, load_job, shown
+from dataflow.commands.options import DEFAULT_FOLDER
 from dataflow.config import Job
 from dataflow.errors import InputError
 from dataflow.io import ImageIO
@@ -56,7 +57,7 @@ def _folder_of(image: Path) -> Path:
     for parent in image.absolute().parents:
         if (parent / JOB_FILE).is_file():
             return parent
-    return Path("dataflow_output")
+    return Path(DEFAULT_FOLDER)
 
 
 def _find(images: ImageIO, prefix: str) -> Path:

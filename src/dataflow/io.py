@@ -42,6 +42,7 @@ from dataflow.types import SavedImage
 
 _SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 _NAME = re.compile(r"[0-9a-f]{32}(_[0-9]+)?")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}(?:_[0-9]+)?\.([0-9]{1,9})\.[0-9a-f]+\.tmp")
 _FILE = re.compile(r"([0-9a-f]{32}(?:_[0-9]+)?)\.(?:png|webp|jpg)")
 _FOLDER = re.compile(r"[0-9a-f]{2}")
 
@@ -221,11 +222,17 @@ class ImageIO:
                         yield match[1], f"{folder}/{entry.name}", entry.stat().st_size
 
     def sweep(self) -> int:
-        """Remove what killed runs left half-written; returns how many files. Only while nothing writes here."""
-        leftovers = [file for folder in self._folders() for file in (self.save_path / folder).glob(".*.tmp")]
-        for file in leftovers:
-            file.unlink(missing_ok=True)
-        return len(leftovers)
+        """Remove what killed runs left half-written; returns how many files.
+
+        What a living process is writing stays: caches may share a folder of images.
+        """
+        removed = 0
+        for folder in self._folders():
+            for name in os.listdir(self.save_path / folder):
+                if name.endswith(".tmp") and (match := _TEMPORARY.fullmatch(name)) and not _is_alive(int(match[1])):
+                    (self.save_path / folder / name).unlink(missing_ok=True)
+                    removed += 1
+        return removed
 
     def _folders(self) -> list[str]:
         try:
@@ -283,6 +290,16 @@ class ImageIO:
             raise
         if self.durable:
             _sync(folder)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _saved(data: bytes, relative: str, image: Image.Image) -> SavedImage:

@@ -171,7 +171,6 @@ def test_stubs_of_killed_writers_are_swept(done):
     assert not stub.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="ImageIO.sweep removes the stubs of living processes, too")
 def test_what_another_running_process_is_writing_is_not_swept(done):
     """Two caches may share one folder of images; the name of a stub says whose it is."""
     folder = Path(done.check()[0]).parent

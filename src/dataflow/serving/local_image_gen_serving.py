@@ -68,8 +68,8 @@ class LocalImageGenServing(Serving):
         diffuser_model_name: ``FLUX``, ``FLUX-Kontext``, an exact class of diffusers, or None for what the model says.
         diffuser_num_inference_steps: denoising steps, from 1.
         diffuser_guidance_scale: the model family's own where None (FLUX.1 3.5, Kontext 2.5).
-        diffuser_image_height: in pixels; given together with the width. None for the model's own choice, which for
-            edits is the shape of the input image.
+        diffuser_image_height: in pixels; given together with the width, unless the model has a default width. None for
+            the model's own choice, which for edits is the shape of the input image.
         diffuser_image_width: in pixels.
         diffuser_num_images_per_prompt: images asked for each prompt, each a request with a seed of its own.
         negative_prompt: for rows that have none.

@@ -167,12 +167,15 @@ class Drop:
     reason: str
 
 
+RAW_LIMIT = 10_000
+
+
 @dataclass(frozen=True, slots=True)
 class BadRow:
     """A piece of the input table that is not a row (a broken JSON line).
 
     Attributes:
-        raw: the text as found, cut at 10,000 characters.
+        raw: the text as found, cut at ``RAW_LIMIT`` characters.
         error: what is wrong with it, for people.
     """
 

@@ -147,3 +147,19 @@ def describe(error: ValueError, line: int = 1) -> str:
             *lines, start = error.object[: error.start].split(b"\n")
             return f"line {line + len(lines)}, byte {len(start) + 1}: not UTF-8 text"
     return f"line {line}: {error}"
+
+
+def is_utf8(text: str) -> bool:
+    """False for text with lone surrogates, which no file but ASCII JSON can hold."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def plain_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Dates, decimals, bytes and NaN as JSON has them."""
+    return loads(dumps(row))

@@ -18,27 +18,29 @@ import csv
 import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import orjson
 
-from dataflow.errors import InputError, MissingExtraError
-from dataflow.types import BadRow, Row
-from dataflow.utils.exact_json import describe, dumps, loads, loads_leniently, may_hold_long_integers
+from dataflow.errors import InputError
+from dataflow.types import RAW_LIMIT, BadRow, Row
+from dataflow.utils import parquet
+from dataflow.utils.exact_json import (
+    describe,
+    dumps,
+    is_utf8,
+    loads,
+    loads_leniently,
+    may_hold_long_integers,
+    plain_row,
+)
+from dataflow.utils.parquet import MARK
 
 TableFormat = Literal["jsonl", "json", "csv", "parquet", "pickle"]
 
-MARK = "__dataflow__"
-"""Name of the column that CSV and Parquet tables written here may have and that no row may use."""
-
-_METADATA_KEY = b"dataflow"
-_RAW_LIMIT = 10_000
 _BLOCK_BYTES = 1 << 16
 _COUNT_BLOCK_BYTES = 1 << 20
-_ROW_GROUP_BYTES = 8 << 20
-_BATCH_ROWS = 512
 _BOM = b"\xef\xbb\xbf"
 _JSON_BLANKS = b" \t\r"
 
@@ -93,7 +95,7 @@ def convert_rows(rows: BinaryIO, kind: TableFormat, target: BinaryIO) -> None:
 def require(kind: TableFormat) -> None:
     """Raise :class:`MissingExtraError` now rather than after hours of work, if ``kind`` needs what is not installed."""
     if kind == "parquet":
-        _pyarrow()
+        parquet.libraries()
 
 
 def unreadable(path: Path, error: OSError) -> InputError:
@@ -108,7 +110,7 @@ def _refuse_foreign(path: Path, head: bytes) -> None:
 
 
 def _show(raw: bytes) -> str:
-    return raw[: 4 * _RAW_LIMIT].decode("utf-8", "replace")[:_RAW_LIMIT]
+    return raw[: 4 * RAW_LIMIT].decode("utf-8", "replace")[:RAW_LIMIT]
 
 
 # JSON Lines ----------------------------------------------------------------------------------------------------------
@@ -340,20 +342,9 @@ def decode_cell(cell: str) -> Any:
 
 def encode_cell(value: Any) -> str:
     """A cell that :func:`decode_cell` turns into ``value``: text as it is if it reads back as itself, else JSON."""
-    if isinstance(value, str) and decode_cell(value) is value and _is_utf8(value):
+    if isinstance(value, str) and decode_cell(value) is value and is_utf8(value):
         return value
     return dumps(value).decode()
-
-
-def _is_utf8(text: str) -> bool:
-    """False for text with lone surrogates, which no file but ASCII JSON can hold."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _convert_to_csv(spool: BinaryIO, target: BinaryIO) -> None:
@@ -368,171 +359,6 @@ def _convert_to_csv(spool: BinaryIO, target: BinaryIO) -> None:
             writer.writerow([*(encode_cell(row[name]) if name in row else "" for name in names), ""])
     finally:
         text.detach()
-
-
-# Parquet -------------------------------------------------------------------------------------------------------------
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError("pyarrow", "parquet", "a parquet table") from error
-    return pyarrow, pyarrow.parquet
-
-
-@dataclass(slots=True)
-class _Column:
-    """What is known of a column: the one type of its values (None: no value yet), and how often it is there."""
-
-    kind: str | None = None
-    present: int = 0
-    nulls: int = 0
-
-    def add(self, value: Any) -> None:
-        self.present += 1
-        if value is None:
-            self.nulls += 1
-        elif self.kind != "json":
-            kind = _kind(value)
-            self.kind = kind if self.kind in (None, kind) else "json"
-
-    def finish(self, rows: int) -> None:
-        # Parquet has one kind of nothing. As JSON text, null is a value and the other kind is free for "missing".
-        if self.nulls and self.present < rows:
-            self.kind = "json"
-
-
-def _kind(value: Any) -> str:
-    match value:
-        case bool():
-            return "bool"
-        case int() if -(2**63) <= value < 2**63:
-            return "int"
-        case float():
-            return "float"
-        case str() if _is_utf8(value):
-            return "text"
-        case list() if all(isinstance(item, str) and _is_utf8(item) for item in value):
-            return "texts"
-    return "json"
-
-
-def _infer_columns(rows: Iterable[Row]) -> tuple[dict[str, _Column], int]:
-    columns: dict[str, _Column] = {}
-    count = 0
-    for row in rows:
-        count += 1
-        for name, value in row.items():
-            columns.setdefault(name, _Column()).add(value)
-    for column in columns.values():
-        column.finish(count)
-    return columns, count
-
-
-def _convert_to_parquet(spool: BinaryIO, target: BinaryIO) -> None:
-    pa, pq = _pyarrow()
-    columns, count = _infer_columns(map(loads, spool))
-    for name in columns:
-        if not _is_utf8(name):
-            raise InputError("parquet cannot hold a column of this name", field=name)
-    types = {
-        "bool": pa.bool_(),
-        "int": pa.int64(),
-        "float": pa.float64(),
-        "text": pa.string(),
-        "texts": pa.list_(pa.string()),
-        "json": pa.string(),
-        None: pa.string(),
-    }
-    fields = [pa.field(name, types[column.kind]) for name, column in columns.items()]
-    if not fields:
-        # Without a column a Parquet file cannot say how many rows it has.
-        fields = [pa.field(MARK, pa.null())]
-    notes = {
-        "json": [name for name, column in columns.items() if column.kind == "json"],
-        "missing": [name for name, column in columns.items() if column.present < count],
-    }
-    schema = pa.schema(fields, metadata={_METADATA_KEY: orjson.dumps(notes)})
-    spool.seek(0)
-    with pq.ParquetWriter(target, schema) as writer:
-        for rows in _row_groups(spool):
-            arrays = [
-                pa.array(_json_cells(name, rows) if column.kind == "json" else _cells(name, rows), types[column.kind])
-                for name, column in columns.items()
-            ]
-            writer.write_table(pa.Table.from_arrays(arrays or [pa.nulls(len(rows))], schema=schema))
-
-
-def _row_groups(spool: BinaryIO) -> Iterator[list[Row]]:
-    rows, size = [], 0
-    for line in spool:
-        rows.append(loads(line))
-        size += len(line)
-        if size >= _ROW_GROUP_BYTES:
-            yield rows
-            rows, size = [], 0
-    if rows:
-        yield rows
-
-
-def _cells(name: str, rows: list[Row]) -> list[Any]:
-    return [row.get(name) for row in rows]
-
-
-def _json_cells(name: str, rows: list[Row]) -> list[str | None]:
-    return [dumps(row[name]).decode() if name in row else None for row in rows]
-
-
-def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
-    pa, pq = _pyarrow()
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if len(set(schema.names)) < len(schema.names):
-                raise InputError("two columns have the same name", path=path)
-            notes = (schema.metadata or {}).get(_METADATA_KEY)
-            restore = _plain_row if notes is None else _restorer(orjson.loads(notes), schema)
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    try:
-                        yield restore(row)
-                    except (TypeError, ValueError) as error:
-                        yield BadRow(raw=repr(row)[:_RAW_LIMIT], error=str(error))
-    except (pa.ArrowException, OverflowError, ValueError) as error:
-        raise InputError(f"not a readable parquet table: {error}", path=path) from error
-
-
-def _plain_row(row: Row) -> Row:
-    """Dates, decimals, bytes and NaN as JSON has them."""
-    return loads(dumps(row))
-
-
-def _restorer(notes: dict[str, list[str]], schema: Any) -> Callable[[Row], Row]:
-    """Undo what :func:`_convert_to_parquet` did, for the columns that are still as it wrote them."""
-    encoded = [name for name in notes["json"] if name in schema.names and str(schema.field(name).type) == "string"]
-    missing = [MARK, *notes["missing"]]
-
-    def restore(row: Row) -> Row:
-        for name in missing:
-            if row.get(name) is None:
-                row.pop(name, None)
-        for name in encoded:
-            if row.get(name) is not None:
-                row[name] = loads(row[name].encode())
-        return row
-
-    return restore
-
-
-def _count_parquet(path: Path) -> int:
-    pa, pq = _pyarrow()
-    try:
-        with pq.ParquetFile(path) as file:
-            return file.metadata.num_rows
-    except pa.ArrowException as error:
-        raise InputError(f"not a readable parquet table: {error}", path=path) from error
 
 
 # Pickle --------------------------------------------------------------------------------------------------------------
@@ -563,9 +389,9 @@ def _read_pickle(path: Path) -> Iterator[Row | BadRow]:
         try:
             if not isinstance(row, dict):
                 raise TypeError(f"expected a dict, found {type(row).__name__}")
-            yield _plain_row(row)
+            yield plain_row(row)
         except TypeError as error:
-            yield BadRow(raw=repr(row)[:_RAW_LIMIT], error=f"element {number}: {error}")
+            yield BadRow(raw=repr(row)[:RAW_LIMIT], error=f"element {number}: {error}")
 
 
 def _convert_to_pickle(spool: BinaryIO, target: BinaryIO) -> None:
@@ -597,17 +423,17 @@ _READERS: dict[TableFormat, Callable[[Path], Iterator[Row | BadRow]]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,
-    "parquet": _read_parquet,
+    "parquet": parquet.read,
     "pickle": _read_pickle,
 }
 _COUNTERS: dict[TableFormat, Callable[[Path], int]] = {
     "jsonl": _count_jsonl,
     "csv": _count_csv,
-    "parquet": _count_parquet,
+    "parquet": parquet.count,
 }
 _CONVERTERS: dict[TableFormat, Callable[[BinaryIO, BinaryIO], None]] = {
     "json": _convert_to_json,
     "csv": _convert_to_csv,
-    "parquet": _convert_to_parquet,
+    "parquet": parquet.convert,
     "pickle": _convert_to_pickle,
 }

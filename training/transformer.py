@@ -176,6 +176,9 @@ class Trainer:
         self.mean, self.projection = (value.to(self.device) for value in torch.load(work / "pca.pt"))
         self.model = Model(options.init).to(self.device)
         self.rotary = {edit: self.model.rotary(edit=edit) for edit in (False, True)}
+        if self.device.type == "cpu":
+            # For sequences this short the backward pass of CPU flash attention takes half of a step.
+            self.model.flux.set_attention_backend("_native_math")
         if options.compile:
             self.model.flux.compile_repeated_blocks(dynamic=False)
         matrices, rest = [], []

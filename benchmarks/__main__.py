@@ -17,7 +17,7 @@ def main() -> None:
         "# Results",
         "",
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), "
-         f"Python {platform.python_version()}, "
+        f"Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "pillow", "orjson"))
         + ". Read ratios, not absolute times: the machine is shared.",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,9 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trying again takes no time."""
     monkeypatch.setattr("dataflow.runtime.engine.backoff", lambda attempt: 0.0)
     monkeypatch.setattr("dataflow.runtime.limits.backoff", lambda attempt: 0.0)
+
+
+def pytest_configure() -> None:
+    # A shell that runs the tests in the background has them ignore SIGINT, and every program they start, too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

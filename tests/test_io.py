@@ -650,7 +650,7 @@ def test_killed_while_saving(tmp_path):
         files = list(store.existing())
         assert files
         assert all(store.find(name) for name, _, _ in files)
-    (tmp_path / "images" / "00" / f".{NAME}.1.ab.tmp").touch()
+    (tmp_path / "images" / "00" / f".{NAME}.999999999.ab.tmp").touch()
     assert store.sweep() >= 1
     assert all(not file.name.startswith(".") for file in store.save_path.rglob("*"))
 

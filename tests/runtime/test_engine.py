@@ -211,7 +211,7 @@ class TestResume:
 
     def test_half_written_images_of_a_killed_run_are_swept(self, job):
         job.prompts("a").run()
-        torn = job.io.save_path / next(iter(job.image_files())).partition("/")[0] / ".x.1.ab.tmp"
+        torn = job.io.save_path / next(iter(job.image_files())).partition("/")[0] / f".{'0' * 32}.999999999.ab.tmp"
         torn.write_bytes(b"torn")
         job.run()
         assert not torn.exists()

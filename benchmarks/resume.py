@@ -17,6 +17,8 @@ from dataflow.serving.fake_serving import FakeServing, paint
 from dataflow.types import GenerationRequest, SavedImage
 from dataflow.utils.storage import FileStorage
 
+BATCH = 16
+
 RESUME = """
 import json, sys, time
 from pathlib import Path
@@ -35,7 +37,7 @@ class Timed(FakeServing):
             Timed.first = time.perf_counter() - started
         return await super().generate(requests)
 
-serving = Timed(ImageIO(folder / "cache" / "images"), batch_size=16, size=(8, 8))
+serving = Timed(ImageIO(folder / "cache" / "images"), batch_size=int(sys.argv[2]), size=(8, 8))
 storage = FileStorage(str(folder / "prompts.jsonl"), cache_path=str(folder / "cache"))
 summary = Text2ImageGenerator(serving, options=RunOptions(quiet=True)).run(storage.step())
 print(json.dumps({"first": Timed.first, "total": time.perf_counter() - started, "made": summary.made}))
@@ -65,6 +67,8 @@ def prepare(folder: Path, rows: int, done: int) -> None:
         (store.save_path / f"{number:02x}").mkdir(exist_ok=True)
     journal = folder / "cache" / "journal" / storage.step_name
     journal.mkdir(parents=True)
+    batch: list[str] = []
+    lines: list[bytes] = []
     with (journal / "main.jsonl").open("wb") as records:
         for number, row in enumerate(storage.iter_rows()):
             if number >= done:
@@ -73,16 +77,20 @@ def prepare(folder: Path, rows: int, done: int) -> None:
             name = identity.key.hex()
             image = SavedImage(name=f"{name[:2]}/{name}.png", sha256=sample.sha256, bytes=len(data), width=8, height=8)
             (store.save_path / image.name).write_bytes(data)
-            records.write(pack_line({"s": "start", "ks": [name]}))
-            records.write(pack_line(done_record(name, [image], ms=1.0)))
+            batch.append(name)
+            lines.append(pack_line(done_record(name, [image], ms=1.0)))
+            if len(batch) == BATCH:
+                records.write(pack_line({"s": "start", "ks": batch}) + b"".join(lines))
+                batch, lines = [], []
+        records.write(b"".join(lines))
 
 
 def run(rows: int = 1_000_000, done: int = 999_000) -> Result:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, rows, done)
-        resumed = run_python(RESUME, str(folder))
-        again = run_python(RESUME, str(folder))
+        resumed = run_python(RESUME, str(folder), str(BATCH))
+        again = run_python(RESUME, str(folder), str(BATCH))
     assert resumed["made"] == rows - done
     assert again["made"] == 0
     return Result(

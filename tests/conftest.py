@@ -85,7 +85,7 @@ class Job:
         return Counter(self.log.read_text().split()) if self.log.exists() else Counter()
 
     def image_files(self) -> dict[str, bytes]:
-        return {name: (self.io.save_path / name).read_bytes() for _, name, _ in self.io.existing()}
+        return {name: (self.io.save_path / name).read_bytes() for name, _ in self.io.existing()}
 
     def picture(self, name: str, folder: str = "sources", colour: str = "red") -> Path:
         """A picture of the user's own."""

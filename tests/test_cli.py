@@ -295,7 +295,7 @@ def test_some_rows_failed(dataflow):
     found = figures(dataflow)
     assert (found["rows"], found["done"], found["refused"], found["failed"], found["pending"]) == (4, 1, 1, 2, 0)
     assert found["reasons"] == {"refused": 1, "crash": 1, "bad_row": 1}
-    assert found["bytes"] == sum(size for _, _, size in ImageIO(out / "images").existing())
+    assert found["bytes"] == sum(size for _, size in ImageIO(out / "images").existing())
     code, text, _ = dataflow("status", "out")
     assert code == 0
     assert "out: not running" in text

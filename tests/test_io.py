@@ -398,7 +398,7 @@ def test_save_find_and_read_back(tmp_path, kind):
     assert store.read_metadata(file) == METADATA
     assert np.abs(np.asarray(store.read(file)).astype(int) - SMOOTH).max() <= (8 if kind == "jpeg" else 0)
     assert [entry.name for entry in file.parent.iterdir()] == [file.name]
-    assert list(store.existing()) == [(NAME, saved.name, saved.bytes)]
+    assert list(store.existing()) == [(saved.name, saved.bytes)]
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
@@ -481,8 +481,8 @@ def test_existing_and_sweep(tmp_path):
     (tmp_path / "00" / f".{NAME}.123.abcd.tmp").write_bytes(b"torn")
     (tmp_path / "00" / "notes.txt").write_bytes(b"")
     (tmp_path / "other").mkdir()
-    assert sorted(name for name, _, _ in store.existing()) == sorted(names)
-    assert all(store.save_path.joinpath(file).stat().st_size == size for _, file, size in store.existing())
+    assert sorted(Path(name).stem for name, _ in store.existing()) == sorted(names)
+    assert all(store.save_path.joinpath(file).stat().st_size == size for file, size in store.existing())
     assert store.sweep() == 1
     assert store.sweep() == 0
 
@@ -627,7 +627,7 @@ def test_threads_share_a_store(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(name for name, _, _ in store.existing()) == sorted([*names, NAME])
+    assert sorted(Path(name).stem for name, _ in store.existing()) == sorted([*names, NAME])
     for name in names:
         assert store.read_metadata(store.save_path / store.find(name).name) == {"prompt": name}
     assert store.sweep() == 0
@@ -649,7 +649,7 @@ def test_killed_while_saving(tmp_path):
         process.communicate()
         files = list(store.existing())
         assert files
-        assert all(store.find(name) for name, _, _ in files)
+        assert all(store.find(Path(name).stem) for name, _ in files)
     (tmp_path / "images" / "00" / f".{NAME}.999999999.ab.tmp").touch()
     assert store.sweep() >= 1
     assert all(not file.name.startswith(".") for file in store.save_path.rglob("*"))

@@ -43,7 +43,7 @@ from dataflow.types import SavedImage
 _SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 _NAME = re.compile(r"[0-9a-f]{32}(_[0-9]+)?")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}(?:_[0-9]+)?\.([0-9]{1,9})\.[0-9a-f]+\.tmp")
-_FILE = re.compile(r"([0-9a-f]{32}(?:_[0-9]+)?)\.(?:png|webp|jpg)")
+_FILE = re.compile(r"[0-9a-f]{32}(?:_[0-9]+)?\.(?:png|webp|jpg)")
 _FOLDER = re.compile(r"[0-9a-f]{2}")
 
 _NOTE = b"dataflow\0"
@@ -213,13 +213,14 @@ class ImageIO:
             return _saved(data, relative, picture)
         return None
 
-    def existing(self) -> Iterator[tuple[str, str, int]]:
-        """(name, file name relative to ``save_path``, bytes) of every image file, unopened, in no particular order."""
+    def existing(self) -> Iterator[tuple[str, int]]:
+        """File name relative to ``save_path`` and bytes of every image, unopened, in no particular order."""
+        is_image = _FILE.fullmatch
         for folder in self._folders():
             with os.scandir(self.save_path / folder) as entries:
                 for entry in entries:
-                    if match := _FILE.fullmatch(entry.name):
-                        yield match[1], f"{folder}/{entry.name}", entry.stat().st_size
+                    if is_image(entry.name):
+                        yield f"{folder}/{entry.name}", entry.stat().st_size
 
     def sweep(self) -> int:
         """Remove what killed runs left half-written; returns how many files.

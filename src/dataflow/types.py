@@ -33,7 +33,7 @@ class Turn:
     answer: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Draft:
     """What a row asks for, before it has an identity. Operators write drafts; the engine makes requests of them.
 
@@ -200,8 +200,8 @@ class ImageStore(Protocol):
         """The whole, valid image of that name (no suffix), or None."""
         ...
 
-    def existing(self) -> Iterator[tuple[str, str, int]]:
-        """(name without suffix, name, size in bytes) of every image file there is."""
+    def existing(self) -> Iterator[tuple[str, int]]:
+        """Name and size in bytes of every image file there is."""
         ...
 
     def sweep(self) -> int:

@@ -61,7 +61,7 @@ def _folder_of(image: Path) -> Path:
 
 
 def _find(images: ImageIO, prefix: str) -> Path:
-    found = sorted(name for stem, name, _ in images.existing() if stem.startswith(prefix.lower()))
+    found = sorted(name for name, _ in images.existing() if name[3:].startswith(prefix.lower()))
     if not found:
         raise InputError(f"there is no image whose id begins with {prefix!r}", path=images.save_path)
     if len(found) > 1:

@@ -124,6 +124,7 @@ def _of_journal(journal: Path, known: dict[str, Any] | None = None) -> StepStatu
         reasons[ending.reason] = reasons.get(ending.reason, 0) + 1
     refused = sum(ending.status == "refused" for ending in endings)
     done = len(index.packed)
+    sums = [index.sums(key) for key in index.packed]
     rows = None
     if known:
         try:
@@ -137,8 +138,8 @@ def _of_journal(journal: Path, known: dict[str, Any] | None = None) -> StepStatu
         "failed": len(endings) - refused,
         "dropped": 0,
         "pending": None if rows is None else max(0, rows - done - len(endings)),
-        "images": sum(index.image_count(key) for key in index.packed),
-        "bytes": sum(index.size(key) for key in index.packed),
+        "images": sum(count for count, _ in sums),
+        "bytes": sum(size for _, size in sums),
         "reasons": reasons,
         "counted": "requests",
     }

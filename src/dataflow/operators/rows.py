@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dataflow.errors import InputError
@@ -43,8 +43,9 @@ def user_turns(row: Row, column: str) -> list[str]:
         prompts = [_content(message, column) for message in messages if _role(message, column).lower() in USER_ROLES]
     if not prompts:
         raise InputError("the conversation has no user turn", field=column)
-    if not all(prompt.strip() for prompt in prompts):
-        raise InputError("the prompt is empty", field=column)
+    for prompt in prompts:
+        if not prompt or prompt.isspace():
+            raise InputError("the prompt is empty", field=column)
     return prompts
 
 
@@ -134,7 +135,7 @@ def with_images(row: Row, column: str, samples: Sequence[Sequence[Outcome]]) -> 
 
 
 def _role(message: object, column: str) -> str:
-    if not isinstance(message, Mapping):
+    if not isinstance(message, dict):
         raise InputError(f"expected a message with role and content, found {_kind(message)}", field=column)
     role = message.get("role", message.get("from", "user"))
     if not isinstance(role, str):
@@ -142,14 +143,14 @@ def _role(message: object, column: str) -> str:
     return role
 
 
-def _content(message: Mapping[str, Any], column: str) -> str:
+def _content(message: dict[str, Any], column: str) -> str:
     content = message.get("content", message.get("value"))
     if isinstance(content, str):
         return content
     if isinstance(content, list):
         texts = []
         for part in content:
-            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
                 raise InputError(
                     "a message may hold text parts only; input images go into a column of their own", field=column
                 )

@@ -135,14 +135,14 @@ class _Run:
         self._limited_since: float | None = None
 
     def execute(self) -> Summary:
-        if self.serving.image_io is not None:
-            self.serving.image_io.sweep()
         self.journal.open()
         try:
             with Progress(
                 self.plan.name, self.storage.count_rows(), self.tally, self.options.progress
             ) as self.progress:
                 self._in_thread()
+            if self.serving.image_io is not None:
+                self.serving.image_io.sweep()
             if self.stop_error is not None:
                 raise self._stopped()
             summary = table.write(
@@ -371,7 +371,7 @@ class _Run:
         key = bytes.fromhex(request.request_id)
         self.index.add_done(key, record)
         self.index.mark_seen(key)
-        self.tally.add_images(len(made.images), self.index.size(key), made=True)
+        self.tally.add_images(*self.index.sums(key), made=True)
         self._settled(request, self.planner.outcome(key))
 
     def _end(self, request: GenerationRequest, status: Status, reason: str, message: str) -> None:

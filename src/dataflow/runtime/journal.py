@@ -40,6 +40,8 @@ _SUFFIXES = (".png", ".webp", ".jpg")
 _SEEN = 1
 _ONE_IMAGE = 2
 _FLAG_BITS = 8
+_OWN_NAME = {suffix: code << 2 | _ONE_IMAGE for code, suffix in enumerate(_SUFFIXES)}
+_STEM = slice(3, 35)
 
 
 def pack_line(record: Mapping[str, Any]) -> bytes:
@@ -97,30 +99,27 @@ class Index:
 
     def add_done(self, key: bytes, record: dict[str, Any]) -> None:
         images = record.get("img", ())
+        self.endings.pop(key, None)
         if len(images) == 1 and "text" not in record:
-            name = images[0]["name"]
-            stem, dot, suffix = name.rpartition(".")
-            if dot + suffix in _SUFFIXES and stem[3:] == key.hex():
-                code = _SUFFIXES.index(dot + suffix)
-                self.packed[key] = images[0]["bytes"] << _FLAG_BITS | code << 2 | _ONE_IMAGE
+            image = images[0]
+            name = image["name"]
+            flags = _OWN_NAME.get(name[_STEM.stop :])
+            if flags is not None and name[_STEM] == record["k"]:
+                self.packed[key] = image["bytes"] << _FLAG_BITS | flags
                 self.records.pop(key, None)
-                self.endings.pop(key, None)
                 return
         self.packed[key] = sum(image["bytes"] for image in images) << _FLAG_BITS
         self.records[key] = {"img": images, "text": record.get("text")}
-        self.endings.pop(key, None)
 
     def is_done(self, key: bytes) -> bool:
         """Whether the request has its result, and every file of it was seen on disk with the right size."""
         value = self.packed.get(key)
         return value is not None and bool(value & _SEEN)
 
-    def size(self, key: bytes) -> int:
-        """Bytes of the request's images together."""
-        return self.packed[key] >> _FLAG_BITS
-
-    def image_count(self, key: bytes) -> int:
-        return 1 if self.packed[key] & _ONE_IMAGE else len(self.records[key]["img"])
+    def sums(self, key: bytes) -> tuple[int, int]:
+        """Number of a request's images and their bytes together."""
+        value = self.packed[key]
+        return 1 if value & _ONE_IMAGE else len(self.records[key]["img"]), value >> _FLAG_BITS
 
     def names(self, key: bytes) -> list[str]:
         """File names of a done request's images, relative to their store."""
@@ -137,20 +136,20 @@ class Index:
     def mark_seen(self, key: bytes) -> None:
         self.packed[key] |= _SEEN
 
-    def verify(self, existing: Iterable[tuple[str, str, int]]) -> int:
+    def verify(self, existing: Iterable[tuple[str, int]]) -> int:
         """Mark requests as done whose files exist with the size the journal states.
 
         Args:
-            existing: (name without suffix, relative name, size in bytes) of every file there is.
+            existing: relative name and size in bytes of every file there is.
 
         Returns:
             Number of requests whose image is missing or has another size: they will be made again.
         """
-        packed = self.packed
+        packed, own_name = self.packed, _OWN_NAME
         others = {image["name"]: -1 for record in self.records.values() for image in record["img"]}
-        for stem, name, size in existing:
-            if len(stem) == 32:
-                key = bytes.fromhex(stem)
+        for name, size in existing:
+            if name[_STEM.stop :] in own_name:
+                key = bytes.fromhex(name[_STEM])
                 value = packed.get(key)
                 if value is not None and value & _ONE_IMAGE and value >> _FLAG_BITS == size:
                     packed[key] = value | _SEEN

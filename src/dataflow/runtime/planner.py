@@ -124,15 +124,20 @@ class Planner:
                 return batch
             if self.exhausted:
                 return self._pop(full=False) or self._pop_suspect()
-            row = next(self._rows, None)
-            if row is None:
-                self.exhausted = True
-                # The least suspect first: where it is the machine that fails, no request takes all the blame.
-                alone = self.index.alone
-                self._suspects = deque(sorted(self._suspects, key=lambda r: alone.get(bytes.fromhex(r.request_id), 0)))
-            else:
-                self._plan_row(row)
+            self._read_on()
         return None
+
+    def _read_on(self) -> None:
+        """Plan rows until one of them leaves something to make, or there are none left."""
+        waiting = self._waiting_in_buckets
+        for row in self._rows:
+            self._plan_row(row)
+            if self._waiting_in_buckets > waiting or self._released or self.stopping:
+                return
+        self.exhausted = True
+        # The least suspect first: where it is the machine that fails, no request takes all the blame.
+        alone = self.index.alone
+        self._suspects = deque(sorted(self._suspects, key=lambda r: alone.get(bytes.fromhex(r.request_id), 0)))
 
     def batch_key(self, request: GenerationRequest) -> Hashable:
         return request.request_id if request.alone else self.serving.batch_key(request)
@@ -196,8 +201,9 @@ class Planner:
         for key, _, _ in identities:
             if not index.is_done(key):
                 break
-            images += index.image_count(key)
-            size += index.size(key)
+            count, bytes_ = index.sums(key)
+            images += count
+            size += bytes_
         else:
             tally.add_done_row(images, size)
             return
@@ -215,7 +221,7 @@ class Planner:
             elif ending is not None and worse(status, ending_status := _status(ending)):
                 status, reason = ending_status, ending.reason
             elif ending is None:
-                tally.add_images(index.image_count(identity.key), index.size(identity.key))
+                tally.add_images(*index.sums(identity.key))
         tally.add_row([bytes.fromhex(request.request_id) for request in pending], status, reason)
         waiting = {request.request_id for request in pending}
         for draft, request in drafts_of:
@@ -232,7 +238,7 @@ class Planner:
             if of_parent := index.endings.get(parent_key):
                 index.endings[key] = ending = _orphaned(of_parent.status, of_parent.message)
                 return ending
-            if index.is_done(parent_key) and not index.image_count(parent_key):
+            if index.is_done(parent_key) and not index.sums(parent_key)[0]:
                 index.endings[key] = ending = _orphaned("done", "")
                 return ending
         ending = index.endings.get(key)

@@ -49,7 +49,7 @@ def survey(plan: Plan, serving: Serving, storage: FileStorage) -> Summary:
         for draft, key in zip(drafts, keys, strict=True):
             states.append(_state(index, draft, key, states))
             if states[-1][0] == "done":
-                tally.add_images(index.image_count(key), index.size(key))
+                tally.add_images(*index.sums(key))
         _count(tally, states)
     return tally.summary(storage.step_name, tally.planned, 0.0)
 

@@ -23,6 +23,7 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
+from dataflow import listing
 from dataflow.decoding import (
     EXIF_ERRORS,
     FORMATS,
@@ -43,8 +44,6 @@ from dataflow.types import SavedImage
 _SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 _NAME = re.compile(r"[0-9a-f]{32}(_[0-9]+)?")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}(?:_[0-9]+)?\.([0-9]{1,9})\.[0-9a-f]+\.tmp")
-_FILE = re.compile(r"[0-9a-f]{32}(?:_[0-9]+)?\.(?:png|webp|jpg)")
-_FOLDER = re.compile(r"[0-9a-f]{2}")
 
 _NOTE = b"dataflow\0"
 _EXIF_IFD, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
@@ -215,12 +214,7 @@ class ImageIO:
 
     def existing(self) -> Iterator[tuple[str, int]]:
         """File name relative to ``save_path`` and bytes of every image, unopened, in no particular order."""
-        is_image = _FILE.fullmatch
-        for folder in self._folders():
-            with os.scandir(self.save_path / folder) as entries:
-                for entry in entries:
-                    if is_image(entry.name):
-                        yield f"{folder}/{entry.name}", entry.stat().st_size
+        return listing.images(str(self.save_path))
 
     def sweep(self) -> int:
         """Remove what killed runs left half-written; returns how many files.
@@ -228,18 +222,12 @@ class ImageIO:
         What a living process is writing stays: caches may share a folder of images.
         """
         removed = 0
-        for folder in self._folders():
+        for folder in listing.folders(str(self.save_path)):
             for name in os.listdir(self.save_path / folder):
                 if name.endswith(".tmp") and (match := _TEMPORARY.fullmatch(name)) and not _is_alive(int(match[1])):
                     (self.save_path / folder / name).unlink(missing_ok=True)
                     removed += 1
         return removed
-
-    def _folders(self) -> list[str]:
-        try:
-            return [name for name in os.listdir(self.save_path) if _FOLDER.fullmatch(name)]
-        except FileNotFoundError:
-            return []
 
     def _stem(self, name: str) -> str:
         if not _NAME.fullmatch(name):

@@ -114,8 +114,9 @@ class _Run:
         self.started = time.monotonic()
         self.signature = storage.input_signature()
         self.journal = Journal(table.journal_folder(storage))
+        existing = serving.image_io.existing() if serving.image_io else ()
         self.index = self.journal.load()
-        self.index.verify(serving.image_io.existing() if serving.image_io else ())
+        self.index.verify(existing)
         self.tally = Tally()
         self.identifier = Identifier(
             serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest

@@ -1,4 +1,4 @@
-"""Does a picture show a scene? Decided by rules, not by a model.
+"""Does a picture show what a caption says? Decided by rules, not by a model.
 
 Every pixel gets the nearest colour of the palette; what is not background falls into connected pieces; a piece is a
 thing of the shape whose template, drawn at the piece's own centre, overlaps it best. A picture is right if it has the
@@ -7,14 +7,13 @@ right background and exactly the right things, each in its place.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from training.scenes import BACKGROUNDS, CELL_CENTRES, CELLS, COLOURS, SHAPES, SIZE, Scene, Thing, coverage
+from training.scenes import BACKGROUNDS, CELL_CENTRES, CELLS, COLOURS, SHAPES, SIZE, Meaning, Scene, coverage
 
 LEAST_PIXELS = 40
 """Smaller pieces are specks, not things; the smallest thing covers about 120 pixels."""
@@ -26,6 +25,9 @@ CELL_TOLERANCE = 7.0
 """How far, in pixels and along either axis, a thing may be from the middle of its cell (they are 19 apart)."""
 KEPT_TOLERANCE = 3.5
 """How far a thing that an edit does not name may move."""
+APART = 19.0
+"""How far, at least, one thing is left of or above another that it is said to be (opposite cells are 38 apart). It may
+be off their common row or column by half of that."""
 
 _NAMES = (*BACKGROUNDS, *COLOURS)
 _TABLE = np.array([*BACKGROUNDS.values(), *COLOURS.values()], dtype=np.float32)
@@ -77,51 +79,64 @@ def look(picture: np.ndarray) -> Seen:
         if overlap < LEAST_OVERLAP or own.sum() < 0.6 * piece.sum():
             dirt += len(rows)
             continue
-        things.append(Found(tuple(COLOURS)[colour], shape, columns.mean() + 0.5, rows.mean() + 0.5))
+        things.append(Found(tuple(COLOURS)[colour], shape, float(columns.mean()) + 0.5, float(rows.mean()) + 0.5))
     return Seen(tuple(BACKGROUNDS)[ground], tuple(things), dirt <= MOST_SPECKS)
 
 
-def shows(picture: np.ndarray, scene: Scene, *, places: bool = True) -> bool:
-    """Whether a picture shows a scene: background, things, and (with ``places``) the cell each stands in."""
-    seen = look(picture)
-    if not seen.clean or seen.background != scene.background or len(seen.things) != len(scene.things):
-        return False
-    return _matched(seen.things, scene.things, CELL_TOLERANCE if places else math.inf, exact=False)
+def shows(picture: np.ndarray, meaning: Meaning) -> bool:
+    """Whether a picture shows what a caption says: the background, and exactly the things, each where it is said to be.
+
+    Where the caption leaves a place open, any will do. A thing is left of another if it is well to its left
+    and nearer to its row than to the next one.
+    """
+    named = [thing for thing in (meaning.a, meaning.b) if thing[1] is not None]
+    wanted = [(f"{colour} {shape}", _centre(cell) if cell else None, CELL_TOLERANCE) for colour, shape, cell in named]
+    things = _matched(look(picture), meaning.background, wanted)
+    return things is not None and (meaning.relation is None or _stands(*things, meaning.relation))
 
 
 def edited(picture: np.ndarray, before: Scene, after: Scene) -> bool:
     """Whether a picture shows ``after``, with everything that the edit does not name where it was."""
-    seen = look(picture)
-    if not seen.clean or seen.background != after.background or len(seen.things) != len(after.things):
-        return False
-    kept = [thing for thing in after.things if any((thing.x, thing.y) == (old.x, old.y) for old in before.things)]
-    new = [thing for thing in after.things if thing not in kept]
-    left = list(seen.things)
-    for things, tolerance, exact in ((kept, KEPT_TOLERANCE, True), (new, CELL_TOLERANCE, False)):
-        for thing in things:
-            match = next((found for found in left if _is(found, thing, tolerance, exact=exact)), None)
-            if match is None:
-                return False
-            left.remove(match)
-    return True
+    old = {(thing.x, thing.y) for thing in before.things}
+    wanted = [
+        (thing.name, (thing.x, thing.y), KEPT_TOLERANCE)
+        if (thing.x, thing.y) in old
+        else (thing.name, _centre(thing.cell), CELL_TOLERANCE)
+        for thing in after.things
+    ]
+    return _matched(look(picture), after.background, wanted) is not None
 
 
-def _matched(seen: Sequence[Found], wanted: Sequence[Thing], tolerance: float, *, exact: bool) -> bool:
-    left = list(seen)
-    for thing in wanted:
-        match = next((found for found in left if _is(found, thing, tolerance, exact=exact)), None)
-        if match is None:
-            return False
-        left.remove(match)
-    return True
+def _centre(cell: str) -> tuple[float, float]:
+    row, column = divmod(CELLS.index(cell), 3)
+    return CELL_CENTRES[column], CELL_CENTRES[row]
 
 
-def _is(found: Found, thing: Thing, tolerance: float, *, exact: bool) -> bool:
-    if found.name != thing.name:
-        return False
-    row, column = divmod(CELLS.index(thing.cell), 3)
-    x, y = (thing.x, thing.y) if exact else (CELL_CENTRES[column], CELL_CENTRES[row])
-    return abs(found.x - x) <= tolerance and abs(found.y - y) <= tolerance
+def _matched(
+    seen: Seen, background: str | None, wanted: Sequence[tuple[str, tuple[float, float] | None, float]]
+) -> list[Found] | None:
+    """The thing seen for each one wanted (name, centre or None for anywhere, tolerance); None unless all agrees."""
+    if not seen.clean or seen.background != background or len(seen.things) != len(wanted):
+        return None
+    left, found = list(seen.things), []
+    for name, place, tolerance in wanted:
+        for thing in left:
+            near = place is None or max(abs(thing.x - place[0]), abs(thing.y - place[1])) <= tolerance
+            if thing.name == name and near:
+                found.append(thing)
+                left.remove(thing)
+                break
+        else:
+            return None
+    return found
+
+
+def _stands(a: Found, b: Found, relation: str) -> bool:
+    right, down = b.x - a.x, b.y - a.y
+    along, across = (right, down) if relation in ("left", "right") else (down, right)
+    if relation in ("right", "below"):
+        along = -along
+    return along >= APART and abs(across) <= APART / 2
 
 
 def _pieces(mask: np.ndarray) -> list[np.ndarray]:

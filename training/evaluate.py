@@ -86,7 +86,7 @@ def judge_prompts(pipeline: Any, call: dict[str, Any], count: int, seed: int, ba
             seconds += time.perf_counter() - started
             for prompt, image in zip(chunk, images, strict=True):
                 name = "one object" if number == 1 else "two objects"
-                score[name].append(shows((image * 255).round().astype(np.uint8), prompt.scene))
+                score[name].append(shows((image * 255).round().astype(np.uint8), prompt.meaning))
     return _sums(score), 2 * count / seconds
 
 

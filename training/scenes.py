@@ -63,6 +63,12 @@ _RELATION: Final = {
     "above": ("above",),
     "below": ("below",),
 }
+_ONLY_RELATED: Final = {
+    "left": ("left", "right"),
+    "right": ("right", "left"),
+    "above": ("top", "bottom"),
+    "below": ("bottom", "top"),
+}
 _PREFIXES: Final = ("a photo of", "a picture of", "an image of", "draw")
 _RECOLOUR: Final = ("make the {x} {c}", "change the {x} to {c}", "turn the {x} {c}", "paint the {x} {c}")
 _RESHAPE: Final = (
@@ -231,11 +237,14 @@ def _said(thing: Thing, cell: bool) -> tuple[str, str, str | None]:
 
 
 def caption(rng: random.Random, scene: Scene, *, place: bool | None = None) -> Prompt:
-    """A caption for a scene. A background that is not said is white; a place that is not said may be any.
+    """A caption for a scene, and the scene as the caption has it.
+
+    What is not said has one meaning: the background is white; one thing stands in the center, two stand left and
+    right; things that are only said to be beside, or above, one another stand in the middle row, or column.
 
     Args:
         rng: the source of chance.
-        scene: what to describe; its background becomes white where the caption does not name one.
+        scene: what to describe; its things are moved to where the caption has them.
         place: say where things are (``True``), leave it open (``False``), or mostly say it (``None``).
     """
     place = rng.random() < 0.85 if place is None else place
@@ -244,6 +253,8 @@ def caption(rng: random.Random, scene: Scene, *, place: bool | None = None) -> P
     if len(scene.things) == 1:
         text = _article(a.name) + (f" {_POSITION[a.cell]}" if place else "")
         meaning = Meaning("draw", _said(a, place))
+        if not place:
+            scene = _moved(scene, "center")
     else:
         b = scene.things[1]
         relation = relation_between(a, b)
@@ -252,9 +263,11 @@ def caption(rng: random.Random, scene: Scene, *, place: bool | None = None) -> P
                 f"{_article(a.name)} and {_article(b.name)}",
                 Meaning("draw", _said(a, False), _said(b, False)),
             )
+            scene = _moved(scene, "left", "right")
         elif relation and rng.random() < 0.7:
             text = f"{_article(a.name)} {rng.choice(_RELATION[relation])} {_article(b.name)}"
             meaning = Meaning("draw", _said(a, False), _said(b, False), relation)
+            scene = _moved(scene, *_ONLY_RELATED[relation])
         else:
             prefix = ""  # the longest caption must stay within the text length
             text = f"{_article(a.name)} {_POSITION[a.cell]} and {_article(b.name)} {_POSITION[b.cell]}"
@@ -262,6 +275,17 @@ def caption(rng: random.Random, scene: Scene, *, place: bool | None = None) -> P
     if scene.background != DEFAULT_BACKGROUND or rng.random() < 0.3:
         text += f" on a {scene.background} background"
     return Prompt(prefix + text, replace(meaning, background=scene.background), scene)
+
+
+def _moved(scene: Scene, *cells: str) -> Scene:
+    """The scene with its things in other cells, each as far off the middle of its cell as before."""
+
+    def moved(thing: Thing, cell: str) -> Thing:
+        (old_row, old_column), (row, column) = _row_column(thing.cell), _row_column(cell)
+        x = thing.x + CELL_CENTRES[column] - CELL_CENTRES[old_column]
+        return replace(thing, cell=cell, x=x, y=thing.y + CELL_CENTRES[row] - CELL_CENTRES[old_row])
+
+    return replace(scene, things=tuple(map(moved, scene.things, cells)))
 
 
 def random_prompt(rng: random.Random, *, held_out: bool = False, count: int | None = None) -> Prompt:
@@ -277,10 +301,9 @@ def random_prompt(rng: random.Random, *, held_out: bool = False, count: int | No
         scene = random_scene(rng, number)
         if rng.random() < 0.35:
             scene = replace(scene, background=DEFAULT_BACKGROUND)
-        if is_held_out(scene) != held_out:
-            continue
-        # Without a place, one object is never a held-out combination, and two are only by what they are.
-        return caption(rng, scene, place=True if held_out else None)
+        prompt = caption(rng, scene)
+        if is_held_out(prompt.scene) == held_out:
+            return prompt
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,19 @@ import pytest
 
 from training.checker import edited, look, shows
 from training.data import to_bytes
-from training.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, random_edit, random_prompt, render
+from training.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    Meaning,
+    Scene,
+    Thing,
+    caption,
+    random_edit,
+    random_prompt,
+    random_scene,
+    render,
+)
 
 
 def picture(scene: Scene) -> np.ndarray:
@@ -25,7 +37,7 @@ def test_every_true_picture_passes() -> None:
     rng = random.Random(1)
     for _ in range(25):
         prompt = random_prompt(rng)
-        assert shows(picture(prompt.scene), prompt.scene), prompt.text
+        assert shows(picture(prompt.scene), prompt.meaning), prompt.text
         edit = random_edit(rng)
         assert edited(picture(edit.after), edit.before, edit.after), edit.text
 
@@ -41,7 +53,8 @@ def test_a_picture_that_was_not_edited_never_passes() -> None:
 def test_one_wrong_thing_is_found(change: str) -> None:
     rng = random.Random(3)
     for _ in range(8):
-        scene = random_prompt(rng, count=1).scene
+        prompt = caption(rng, random_scene(rng, 1), place=True)
+        scene = prompt.scene
         thing = scene.things[0]
         wrong = {
             "colour": lambda t=thing: (replace(t, colour=other(tuple(COLOURS), t.colour)),),
@@ -54,7 +67,7 @@ def test_one_wrong_thing_is_found(change: str) -> None:
         background = scene.background
         if change == "background":
             background = other(tuple(BACKGROUNDS), background)
-        assert not shows(picture(replace(scene, things=wrong, background=background)), scene)
+        assert not shows(picture(replace(scene, things=wrong, background=background)), prompt.meaning)
 
 
 def test_noise_is_not_clean() -> None:
@@ -67,6 +80,38 @@ def test_a_little_noise_changes_nothing() -> None:
     rng = random.Random(5)
     dither = np.random.default_rng(5)
     for _ in range(10):
-        scene = random_prompt(rng).scene
-        noisy = picture(scene).astype(int) + dither.normal(0, 6, (64, 64, 3)).round().astype(int)
-        assert shows(noisy.clip(0, 255).astype(np.uint8), scene)
+        prompt = random_prompt(rng)
+        noisy = picture(prompt.scene).astype(int) + dither.normal(0, 6, (64, 64, 3)).round().astype(int)
+        assert shows(noisy.clip(0, 255).astype(np.uint8), prompt.meaning)
+
+
+RED, BLUE = ("red", "circle", None), ("blue", "star", None)
+
+
+def things(*places: tuple[float, float]) -> tuple[Thing, ...]:
+    return tuple(
+        Thing(colour, shape, "center", *at, 9.5) for (colour, shape, _), at in zip((RED, BLUE), places, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("relation", "places", "right"),
+    [
+        ("left", ((13, 12), (51, 14)), True),
+        ("left", ((13, 51), (51, 49)), True),
+        ("left", ((51, 13), (13, 13)), False),
+        ("left", ((13, 13), (51, 32)), False),
+        ("left", ((13, 13), (13, 51)), False),
+        ("right", ((51, 13), (13, 13)), True),
+        ("right", ((13, 13), (51, 13)), False),
+        ("above", ((32, 13), (34, 51)), True),
+        ("above", ((32, 51), (34, 13)), False),
+        ("below", ((32, 51), (34, 13)), True),
+        ("below", ((13, 51), (51, 51)), False),
+        (None, ((13, 13), (51, 51)), True),
+        (None, ((51, 32), (13, 13)), True),
+    ],
+)
+def test_a_caption_leaves_open_what_it_does_not_say(relation: str | None, places: tuple, right: bool) -> None:
+    meaning = Meaning("draw", RED, BLUE, relation, "white")
+    assert shows(picture(Scene(things(*places), "white")), meaning) is right

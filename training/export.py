@@ -1,4 +1,7 @@
-"""Put the parts together as a pipeline folder in half precision: ``python -m training.export``."""
+"""Put the parts together as a pipeline folder in half precision: ``python -m training.export``.
+
+With ``--init FOLDER`` everything but the transformer is taken from an exported pipeline.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,13 @@ from training.vae import build
 STEPS = 12
 
 
-def export(work: Path, folder: Path) -> None:
-    """Write ``folder`` from the trained parts in ``work``."""
-    parts = work / "pipeline"
-    vae = build(*torch.load(work / "pca.pt"))
-    vae.decoder.load_state_dict(torch.load(work / "decoder.pt"))
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
-        vae=vae,
-        text_encoder=CLIPTextModel.from_pretrained(parts / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(parts / "tokenizer"),
-        text_encoder_2=T5EncoderModel.from_pretrained(parts / "text_encoder_2"),
-        tokenizer_2=T5Tokenizer.from_pretrained(parts / "tokenizer_2"),
-        transformer=FluxTransformer2DModel.from_pretrained(parts / "transformer"),
-    )
+def export(work: Path, folder: Path, init: Path | None = None) -> None:
+    """Write ``folder`` from the trained parts in ``work``; with ``init``, of its parts and the trained transformer."""
+    transformer = FluxTransformer2DModel.from_pretrained(work / "pipeline" / "transformer")
+    if init is not None:
+        pipeline = FluxPipeline.from_pretrained(str(init), transformer=transformer)
+    else:
+        pipeline = _assembled(work, transformer)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(folder)
     call = {"height": 64, "width": 64, "num_inference_steps": STEPS, "max_sequence_length": T5_LENGTH}
@@ -45,12 +41,28 @@ def export(work: Path, folder: Path) -> None:
     (folder / "dataflow.json").write_text(json.dumps(defaults, indent=2) + "\n")
 
 
+def _assembled(work: Path, transformer: FluxTransformer2DModel) -> FluxPipeline:
+    parts = work / "pipeline"
+    vae = build(*torch.load(work / "pca.pt"))
+    vae.decoder.load_state_dict(torch.load(work / "decoder.pt"))
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
+        vae=vae,
+        text_encoder=CLIPTextModel.from_pretrained(parts / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(parts / "tokenizer"),
+        text_encoder_2=T5EncoderModel.from_pretrained(parts / "text_encoder_2"),
+        tokenizer_2=T5Tokenizer.from_pretrained(parts / "tokenizer_2"),
+        transformer=transformer,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/tiny-flux"))
     parser.add_argument("--folder", type=Path, default=Path("src/dataflow/builtin/tiny-flux"))
+    parser.add_argument("--init", type=Path, help="an exported pipeline whose other parts are used")
     options = parser.parse_args()
-    export(options.work, options.folder)
+    export(options.work, options.folder, options.init)
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ class Trainer:
         grown = saved = started
         while (elapsed := time.time() - started) < limit:
             share = elapsed / limit
-            rate = self.options.rate * min(1, (step + 1) / 150) * min(1, 2 * (1 - share))
+            rate = self.options.rate * min(1, (step + 1) / 150) * (1 - share)
             edit = random.random() < (0.2 if share < 0.12 and self.options.init is None else 0.5)
             total, parts = self.loss(edit, auxiliary=0.15 if share < 0.6 else 0.05)
             self.model.zero_grad()
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--init", type=Path, help="an exported pipeline to go on from")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile", action="store_true", help="worth its minutes on a GPU")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -2,6 +2,7 @@ import json
 import logging
 import pickle
 import shutil
+import sys
 
 import pytest
 from PIL import Image
@@ -195,10 +196,25 @@ def test_a_height_without_a_width(sd_folder):
         LocalImageGenServing(hf_model_name_or_path=sd_folder, diffuser_image_height=64).default_params()
 
 
-def test_wrong_pipeline_kwargs_are_found_at_setup(flux_folder):
+def test_wrong_pipeline_kwargs_are_found_before_anything_is_loaded(flux_folder):
     serving = LocalImageGenServing(hf_model_name_or_path=flux_folder, pipeline_kwargs={"guidence_scale": 2})
     with pytest.raises(ConfigError, match="takes no parameter 'guidence_scale', did you mean 'guidance_scale'"):
+        serving.default_params()
+
+
+def test_without_diffusers_pipeline_kwargs_are_taken_on_trust(flux_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    serving = LocalImageGenServing(hf_model_name_or_path=flux_folder, pipeline_kwargs={"guidence_scale": 2})
+    assert serving.default_params()["guidence_scale"] == 2
+    with pytest.raises(ConfigError, match="pip install"):
         serving.setup()
+
+
+def test_wrong_arguments_of_the_models_own_file_are_found_at_setup(flux_folder, tmp_path):
+    folder = shutil.copytree(flux_folder, tmp_path / "model")
+    (folder / "dataflow.json").write_text(json.dumps({"text2image": {"guidence_scale": 2}}))
+    with pytest.raises(ConfigError, match="takes no parameter 'guidence_scale'"):
+        LocalImageGenServing(hf_model_name_or_path=folder).setup()
 
 
 # Requests that cannot work

@@ -22,7 +22,14 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from dataflow.errors import BadRequestError, ConfigError, FatalServingError, ImageError, ServingError
+from dataflow.errors import (
+    BadRequestError,
+    ConfigError,
+    FatalServingError,
+    ImageError,
+    MissingExtraError,
+    ServingError,
+)
 from dataflow.io import ImageIO
 from dataflow.serving import capabilities as can
 from dataflow.serving import diffusers_runner, model_files
@@ -323,6 +330,13 @@ class LocalImageGenServing(Serving):
                 defaults={key: value for key, value in merged.items() if value is not None},
             )
             _require_defaults(facts)
+            unusual = {key: value for key, value in settings.params.items() if key not in own}
+            try:
+                can.require_parameters(capabilities, unusual, lambda: self._class_names(name))
+            except BadRequestError as error:
+                raise ConfigError(str(error)) from error
+            except MissingExtraError:
+                pass  # nothing can be asked here what it takes, nor made: setup() says so
             self._known = facts
         return self._known
 
@@ -353,7 +367,7 @@ class LocalImageGenServing(Serving):
         facts, settings = self._facts(), self._settings
         try:
             can.require_parameters(facts.capabilities, facts.defaults, self._signature)
-        except BadRequestError as error:
+        except BadRequestError as error:  # what the model's own file says is not asked about before
             raise ConfigError(str(error)) from error
         if self.batch_size > 1 and (settings.options.step_cache or "").startswith("first_block"):
             log.warning("a first-block cache decides for whole batches: images depend on their neighbours")

@@ -185,9 +185,11 @@ class TestResume:
         assert job.image_files() == before
         assert job.run().adopted == 0
 
-    def test_refusals_are_final_and_other_failures_are_tried_again(self, job):
+    def test_refusals_are_final_and_other_failures_are_tried_again(self, job, caplog):
         job.prompts("fine", "nude", "broken")
         assert job.run(job.serving(script={"nude": "refuse", "broken": "crash"})).reasons == {"refused": 1, "crash": 1}
+        assert "row 2, request" in caplog.text
+        assert "row 3, request" in caplog.text
         summary = job.run()
         assert (summary.done, summary.refused, summary.failed, summary.made) == (2, 1, 0, 1)
         assert job.table()[1]["images_error"]["reason"] == "refused"
@@ -324,7 +326,7 @@ class TestFailures:
         assert (summary.done, summary.reasons) == (2, {"timeout": 1})
         assert job.table()[1]["images_error"]["message"] == "no answer within 0.05 s"
 
-    def test_a_request_the_serving_cannot_do_is_refused_before_any_work(self, job):
+    def test_a_request_the_serving_cannot_do_is_refused_before_any_work(self, job, caplog):
         class Choosy(FakeServing):
             def check(self, request):
                 if "odd" in request.prompt:
@@ -332,6 +334,7 @@ class TestFailures:
 
         summary = job.prompts("odd", "fine").run(Choosy(job.io, size=(8, 8), log=job.log))
         assert (summary.done, summary.reasons) == (1, {"bad_request": 1})
+        assert "row 1, request" in caplog.text
         assert job.made().total() == 1
 
     def test_answers_that_are_no_answers_are_failures(self, job):

@@ -376,9 +376,11 @@ class _Run:
         self._settled(request, self.planner.outcome(key))
 
     def _end(self, request: GenerationRequest, status: Status, reason: str, message: str) -> None:
-        logger.warning("request %s %s (%s): %s", request.request_id, status, reason, message)
+        key = bytes.fromhex(request.request_id)
+        row = self.tally.row(key)
+        logger.warning("row %d, request %s %s (%s): %s", row, request.request_id, status, reason, message)
         self.journal.append(ending_record(request.request_id, status, reason, message))
-        self.index.endings[bytes.fromhex(request.request_id)] = Ending(status, reason, message)
+        self.index.endings[key] = Ending(status, reason, message)
         self._settled(request, Outcome(request_id=request.request_id, status=status, reason=reason, message=message))
 
     def _settled(self, request: GenerationRequest, outcome: Outcome) -> None:

@@ -45,7 +45,7 @@ class RowBook:
     """What was planned for each row, 16 bytes a request, for the fold that follows."""
 
     keys: bytearray = field(default_factory=bytearray)
-    counts: array[int] = field(default_factory=lambda: array("H"))
+    counts: array[int] = field(default_factory=lambda: array("I"))
     errors: dict[int, Ending] = field(default_factory=dict)
 
     def add(self, keys: list[bytes]) -> None:
@@ -257,7 +257,7 @@ class Planner:
         return None
 
     def _end(self, key: bytes, ending: Ending) -> Ending:
-        logger.warning("request %s: %s", key.hex(), ending.message)
+        logger.warning("row %d, request %s: %s", self.tally.planned + 1, key.hex(), ending.message)
         self.index.endings[key] = ending
         self.journal.append(ending_record(key.hex(), ending.status, ending.reason, ending.message))
         return ending

@@ -59,6 +59,10 @@ class Tally:
             for key in pending:
                 self._row_of[key] = row
 
+    def row(self, key: bytes) -> int:
+        """Number, from 1, of the row that waits for a request."""
+        return self._row_of[key] + 1
+
     def add_done_row(self, images: int, size: int) -> None:
         """A row was planned of which everything was done before."""
         with self._lock:

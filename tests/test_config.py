@@ -171,6 +171,11 @@ def test_the_file_itself(tmp_path, write):
         ),
         (
             "[[step]]",
+            "[run]\nbudget_usd = 0\n[[step]]",
+            "[run]: budget_usd: must be more than 0 US dollars, found 0",
+        ),
+        (
+            "[[step]]",
             "[run]\nmax_attempts = 0\n[[step]]",
             "[run]: max_attempts: must be a whole number from 1, found 0",
         ),

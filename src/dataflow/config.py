@@ -23,6 +23,7 @@
 
     [run]                                  # RunOptions; optional
     max_failed_fraction = 0.5
+    budget_usd = 25.0                      # for each step, over all its runs
 
 Relative paths are relative to the folder of the file, wherever it is run from. Everything is checked before anything
 runs, against the signatures of the classes themselves: unknown keys, wrong types, missing keys.
@@ -339,6 +340,9 @@ def _in_range(place: _Place, run: Mapping[str, Any]) -> None:
         place.fail(f"max_failed_fraction: must be from 0 to 1, found {run['max_failed_fraction']}")
     if run.get("max_attempts", 1) < 1:
         place.fail(f"max_attempts: must be a whole number from 1, found {run['max_attempts']}")
+    budget = run.get("budget_usd")
+    if budget is not None and not budget > 0:
+        place.fail(f"budget_usd: must be more than 0 US dollars, found {budget}")
 
 
 # Classes and their arguments ---------------------------------------------------------------------------------------

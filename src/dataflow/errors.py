@@ -23,8 +23,10 @@ DataflowError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 
 class DataflowError(Exception):
@@ -112,14 +114,25 @@ class StepError(DataflowError):
 
 
 class ServingError(DataflowError):
-    """One batch, or one request of it, failed. ``reason`` is one word for counting failures."""
+    """One batch, or one request of it, failed.
+
+    Args:
+        message: for people.
+        reason: one word for counting failures; the class has one of its own.
+        usage: what the service counted for the call all the same, as in :class:`dataflow.types.GenerationResult`.
+    """
 
     reason: str = "error"
+    usage: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(self, message: str = "", *, reason: str | None = None) -> None:
+    def __init__(
+        self, message: str = "", *, reason: str | None = None, usage: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(message or self.reason)
         if reason is not None:
             self.reason = reason
+        if usage:
+            self.usage = dict(usage)
 
 
 class RetryError(ServingError):
@@ -139,8 +152,10 @@ class RateLimitError(ServingError):
 
     reason = "rate_limit"
 
-    def __init__(self, message: str = "", *, retry_after: float | None = None) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str = "", *, retry_after: float | None = None, usage: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, usage=usage)
         self.retry_after = retry_after
 
 

@@ -101,7 +101,8 @@ class GenerationResult:
         images: decoded pictures (PIL, any mode) or encoded bytes as a service sent them (not trusted, not decoded).
         text: the answer of a serving that writes text.
         error: why there is nothing; its class says what the engine should do (:mod:`dataflow.errors`).
-        usage: what the service counted (tokens, cost), stored with the record.
+        usage: what the service counted, stored with the record; ``usd`` is what the call cost in US dollars, None or
+            absent where nobody knows. Empty for a serving that costs nothing.
         provenance: facts about this one call that belong into the file and the journal (device, batch size).
         seconds: time the request took, batch time shared among its members.
     """
@@ -222,6 +223,7 @@ class Serving(Protocol):
         image_io: where the images go; None for a serving that answers with text.
         images_per_prompt: how many images each prompt asks for.
         timeout: seconds one call of :meth:`generate` may take; None for no limit.
+        reproducible: asking again gives the same answer, so that a broken one is not asked for again.
     """
 
     batch_size: int = 1
@@ -229,6 +231,7 @@ class Serving(Protocol):
     image_io: ImageStore | None = None
     images_per_prompt: int = 1
     timeout: float | None = None
+    reproducible: bool = True
 
     def fingerprint(self) -> Mapping[str, Any]:
         """What identifies the model, as JSON: id, revision, class, dtype, adapters. Not batch size, device or keys."""
@@ -243,6 +246,10 @@ class Serving(Protocol):
 
     def check(self, request: GenerationRequest) -> None:
         """Raise :class:`~dataflow.errors.BadRequestError` if this request can never work here. No work yet."""
+
+    def estimate(self, request: GenerationRequest) -> float | None:
+        """US dollars a request is expected to cost, rather too many than too few; None where nobody knows."""
+        return 0.0
 
     def batch_key(self, request: GenerationRequest) -> Hashable:
         """Requests with equal keys may share a batch."""
@@ -304,6 +311,8 @@ class Summary:
         made: images made in this run.
         adopted: images found whole on disk without a record.
         seconds: wall time of this run.
+        usd: US dollars spent on the step in all its runs, refused and repeated calls included.
+        unpriced: calls of which nobody knows what they cost.
         output: path of the step's table, None when it was not written.
     """
 
@@ -320,6 +329,8 @@ class Summary:
     made: int = 0
     adopted: int = 0
     seconds: float = 0.0
+    usd: float = 0.0
+    unpriced: int = 0
     output: str | None = None
 
     @property

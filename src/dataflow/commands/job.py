@@ -108,7 +108,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace, table: Path, inputs: dict[Path, bytes], step: dict[str, Any], task: str) -> int:
-    run_table = {} if args.max_failed_fraction is None else {"max_failed_fraction": args.max_failed_fraction}
+    run_options = {name: getattr(args, name) for name in ("max_failed_fraction", "budget_usd")}
     document = {
         "storage": {
             "first_entry_file_name": str(table),
@@ -118,7 +118,7 @@ def _launch(args: argparse.Namespace, table: Path, inputs: dict[Path, bytes], st
         "images": {"format": args.format},
         "serving": {"model": serving_table(args, task)},
         "step": [step],
-        "run": run_table,
+        "run": {name: value for name, value in run_options.items() if value is not None},
     }
     config = configuration.parse(document, folder=Path.cwd(), source="command line")
     return _finish(config, args, inputs)

@@ -35,6 +35,13 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="stop when more than this share of the rows failed, and at least 100 (default 0.5)",
     )
+    group.add_argument(
+        "--budget",
+        dest="budget_usd",
+        type=float,
+        metavar="USD",
+        help="stop before the calls of a paid service cost more than this, over all runs (default: no limit)",
+    )
 
 
 def serving_table(args: argparse.Namespace, task: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dataflow.commands.folder import JOB_FILE, load_job, shown
 from dataflow.config import Job, PipelineConfig
 from dataflow.errors import ConfigError, InputError
 from dataflow.runtime.journal import Journal
-from dataflow.runtime.progress import human_bytes
+from dataflow.runtime.progress import human_bytes, spending
 from dataflow.runtime.survey import survey
 from dataflow.runtime.table import SETTLED, journal_folder, load_summary
 from dataflow.types import Plan
@@ -27,7 +27,7 @@ from dataflow.utils.storage import FileStorage
 StepStatus = dict[str, Any]
 """What is printed of one step; a figure is None where nothing tells it."""
 
-FIGURES = ("rows", *SETTLED, "pending", "images", "bytes")
+FIGURES = ("rows", *SETTLED, "pending", "images", "bytes", "usd", "unpriced")
 
 
 def status(args: argparse.Namespace) -> int:
@@ -140,6 +140,8 @@ def _of_journal(journal: Path, known: dict[str, Any] | None = None) -> StepStatu
         "pending": None if rows is None else max(0, rows - done - len(endings)),
         "images": sum(count for count, _ in sums),
         "bytes": sum(size for _, size in sums),
+        "usd": index.usd,
+        "unpriced": index.unpriced,
         "reasons": reasons,
         "counted": "requests",
     }
@@ -207,5 +209,7 @@ def _described(step: StepStatus) -> str:
         reasons = sorted(step["reasons"].items(), key=lambda item: -item[1])
         lines.append("  not done, by reason: " + ", ".join(f"{reason} {count}" for reason, count in reasons))
     lines.append(f"  {step['images']} images ({human_bytes(step['bytes'])})")
+    if step["usd"] or step["unpriced"]:
+        lines.append(f"  {spending(step['usd'], step['unpriced'], step['images'])}")
     lines.append(f"  table: {shown(Path(step['table'])) if step['table'] else 'not written yet'}")
     return "\n".join(lines)

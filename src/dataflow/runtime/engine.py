@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataflow.errors import (
+    BadOutputError,
     FatalServingError,
     InputError,
     OutOfMemoryError,
@@ -33,6 +34,7 @@ from dataflow.errors import (
 )
 from dataflow.io import ImageIO
 from dataflow.runtime import table
+from dataflow.runtime.budget import Budget
 from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Ending, Journal, done_record, ending_record
 from dataflow.runtime.limits import Limiter, Room, backoff, pause
@@ -65,6 +67,8 @@ class RunOptions:
         max_failed_fraction: the run stops when more than this share of the settled rows failed (and at least 100).
         max_attempts: how often one request is tried in one run before it counts as failed.
         retry: reasons of failures of earlier runs to try again; None for every reason but refusals.
+        budget_usd: US dollars the step may cost over all its runs, refused and repeated calls included. The run stops
+            before a call could pass it; None for no limit.
         progress: show a progress bar; None shows it in terminals and notebooks only.
         quiet: do not print the sum at the end.
     """
@@ -72,6 +76,7 @@ class RunOptions:
     max_failed_fraction: float = 0.5
     max_attempts: int = 3
     retry: frozenset[str] | None = None
+    budget_usd: float | None = None
     progress: bool | None = None
     quiet: bool = False
 
@@ -117,7 +122,8 @@ class _Run:
         existing = serving.image_io.existing() if serving.image_io else ()
         self.index = self.journal.load()
         self.index.verify(existing)
-        self.tally = Tally()
+        self.tally = Tally(usd=self.index.usd, unpriced=self.index.unpriced)
+        self.budget = Budget(options.budget_usd, self.index.usd)
         self.identifier = Identifier(
             serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest
         )
@@ -283,20 +289,60 @@ class _Run:
         todo: list[Try] = [(batch, 1)]
         while todo:
             requests, attempt = todo.pop()
-            try:
-                async with room.enter(alone=requests[0].request_id in self._deadly):
-                    async with slot, self.limiter.slot():
-                        if self.planner.stopping:
-                            return
-                        self._start(requests)
-                        ticket = await worker.generate(requests)
-                    items = await worker.save(ticket)
-            except ServingError as error:
-                todo += await self._react(requests, attempt, error)
+            result = await self._attempt(worker, slot, room, requests)
+            if result is None:
+                return
+            if isinstance(result, ServingError):
+                todo += await self._react(requests, attempt, result)
                 continue
             self.limiter.succeeded()
             self._limited_since = None
-            todo += await self._take(requests, items, attempt)
+            todo += await self._take(requests, result, attempt)
+
+    async def _attempt(
+        self, worker: Worker, slot: asyncio.Semaphore, room: Room, requests: list[GenerationRequest]
+    ) -> Sequence[Item] | ServingError | None:
+        """Make a batch once: what came of each request, or why all failed; None if the run stops before."""
+        async with room.enter(alone=requests[0].request_id in self._deadly):
+            held = await self.budget.hold([self.serving.estimate(request) for request in requests])
+            if held is None:
+                self._stop(RunStoppedError(f"stopped: {self.budget.spent_up()}"))
+                return None
+            paid, result = 0.0, None
+            try:
+                async with slot, self.limiter.slot():
+                    if self.planner.stopping:
+                        return None
+                    self._start(requests)
+                    ticket = await worker.generate(requests)
+                result = await worker.save(ticket)
+            except ServingError as error:
+                result = error
+            finally:
+                try:
+                    paid = self._bill(requests, result)
+                finally:
+                    await self.budget.settle(held, paid, len(requests))
+        return result
+
+    def _bill(self, requests: list[GenerationRequest], result: Sequence[Item] | ServingError | None) -> float:
+        """Count what an attempt cost, in dollars; calls without a result are kept in the journal here."""
+        items = [result] if isinstance(result, ServingError) else result or []
+        paid, unpriced = 0.0, self.index.unpriced
+        for request, item in zip(requests, items, strict=False):
+            if item.usage:
+                paid += self.index.bill(item.usage)
+                if isinstance(item, ServingError):
+                    self.journal.append({"s": "paid", "k": request.request_id, "usage": dict(item.usage)})
+        self.tally.usd, self.tally.unpriced = self.index.usd, self.index.unpriced
+        if self.budget.limit is not None and self.index.unpriced > unpriced:
+            self._stop(
+                RunStoppedError(
+                    "stopped: nobody knows what these calls cost, so that no budget can be kept: "
+                    "state the model's price, or leave the budget out"
+                )
+            )
+        return paid
 
     async def _take(self, requests: list[GenerationRequest], items: Sequence[Item], attempt: int) -> list[Try]:
         again: list[Try] = []
@@ -326,7 +372,8 @@ class _Run:
             # Another batch in the same process may have killed it: tried again with nobody else in there.
             self._deadly.add(request.request_id)
             return [(requests, attempt)]
-        if isinstance(error, RetryError | OutOfMemoryError) and attempt < self.options.max_attempts:
+        broken = isinstance(error, BadOutputError) and not self.serving.reproducible
+        if (broken or isinstance(error, RetryError | OutOfMemoryError)) and attempt < self.options.max_attempts:
             logger.info("request %s: attempt %d failed: %s", request.request_id, attempt, error)
             await pause(0 if isinstance(error, OutOfMemoryError) else backoff(attempt), self._halted)
             return [(requests, attempt + 1)]

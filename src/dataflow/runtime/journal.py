@@ -5,6 +5,7 @@ A record is one JSON object per line whose last field is the CRC-32 of all bytes
     {"s":"start","ks":["<request id>", …],"crc":"89abcdef"}    "alone":true for a suspect tried by itself
     {"s":"done","k":"<request id>","img":[{"name":…,"sha256":…,"bytes":…,"w":…,"h":…}],…,"crc":"…"}
     {"s":"refused"|"failed","k":"<request id>","reason":…,"msg":…,"crc":"…"}
+    {"s":"paid","k":"<request id>","usage":{…},"crc":"…"}      a call without a result that was counted
     {"s":"forget","ks":[…],"crc":"…"}          these requests count as never tried
     {"s":"seal","crc":"…"}                     the line before was torn by a crash
 
@@ -27,6 +28,7 @@ from typing import Any
 
 import orjson
 
+from dataflow.runtime.budget import dollars_of
 from dataflow.types import SavedImage
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,8 @@ class Index:
         starts: unfinished starts of requests that never ended: how often a process died with them in hand.
         alone: those of the starts in which the request ran by itself because it was suspected.
         torn: torn or damaged records skipped while reading.
+        usd: US dollars spent, in all runs.
+        unpriced: calls of which nobody knows what they cost.
     """
 
     packed: dict[bytes, int] = field(default_factory=dict)
@@ -96,6 +100,17 @@ class Index:
     starts: dict[bytes, int] = field(default_factory=dict)
     alone: dict[bytes, int] = field(default_factory=dict)
     torn: int = 0
+    usd: float = 0.0
+    unpriced: int = 0
+
+    def bill(self, usage: Mapping[str, Any]) -> float:
+        """Count what a call cost; returns it, 0.0 where nobody knows."""
+        usd = dollars_of(usage)
+        if usd is None:
+            self.unpriced += 1
+            return 0.0
+        self.usd += usd
+        return usd
 
     def add_done(self, key: bytes, record: dict[str, Any]) -> None:
         images = record.get("img", ())
@@ -169,6 +184,10 @@ class Index:
             self.add_done(key, record)
             self.starts.pop(key, None)
             self.alone.pop(key, None)
+            if usage := record.get("usage"):
+                self.bill(usage)
+        elif status == "paid":
+            self.bill(record["usage"])
         elif status == "start":
             keys = record["ks"]
             for text in keys:

@@ -86,9 +86,21 @@ def describe(summary: Summary) -> str:
         f"  {summary.images} images ({human_bytes(summary.bytes)}); this run made {summary.made}{adopted}"
         f" in {summary.seconds:.1f} s{speed}"
     )
+    if summary.usd or summary.unpriced:
+        lines.append(f"  {spending(summary.usd, summary.unpriced, summary.images)}")
     if summary.output:
         lines.append(f"  table: {summary.output}")
     return "\n".join(lines)
+
+
+def spending(usd: float, unpriced: int, images: int) -> str:
+    """What was spent in all, and for each image there is."""
+    parts = [f"${usd:,.4f} spent"]
+    if images and usd:
+        parts.append(f"${usd / images:.4f} per image")
+    if unpriced:
+        parts.append(f"{unpriced} calls at an unknown price")
+    return ", ".join(parts)
 
 
 def human_bytes(count: float) -> str:
@@ -107,6 +119,8 @@ def _postfix(tally: Tally, elapsed: float, settled: int, made: int, total: int |
         if total and settled:
             left = int((total - tally.settled) * elapsed / settled)
             parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+    if tally.usd:
+        parts.append(f"${tally.usd:,.2f}" + (f" (${tally.usd / tally.images:.4f} per image)" if tally.images else ""))
     parts += [f"{tally.counts[status]} {status}" for status in ("refused", "failed") if tally.counts[status]]
     return ", ".join(parts)
 

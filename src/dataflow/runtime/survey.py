@@ -35,7 +35,7 @@ def survey(plan: Plan, serving: Serving, storage: FileStorage) -> Summary:
     index = Journal(journal_folder(storage)).load()
     index.verify(serving.image_io.existing() if serving.image_io else ())
     identifier = Identifier(serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest)
-    tally = Tally()
+    tally = Tally(usd=index.usd, unpriced=index.unpriced)
     for row in checked_rows(plan, storage):
         try:
             if isinstance(row, BadRow):

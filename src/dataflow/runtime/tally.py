@@ -34,6 +34,8 @@ class Tally:
         bytes: their size.
         made: images made in this run.
         adopted: images found whole on disk without a record.
+        usd: US dollars spent in all runs.
+        unpriced: calls of which nobody knows what they cost.
     """
 
     planned: int = 0
@@ -43,6 +45,8 @@ class Tally:
     bytes: int = 0
     made: int = 0
     adopted: int = 0
+    usd: float = 0.0
+    unpriced: int = 0
     _open: dict[int, _OpenRow] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _row_of: dict[bytes, int] = field(default_factory=dict)
@@ -124,6 +128,8 @@ class Tally:
                 made=self.made,
                 adopted=self.adopted,
                 seconds=seconds,
+                usd=self.usd,
+                unpriced=self.unpriced,
             )
 
     def _close(self, status: Status | Literal["dropped"], reason: str) -> None:

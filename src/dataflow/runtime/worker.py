@@ -155,6 +155,12 @@ class InlineWorker:
         pass  # the engine cancels the call
 
     def _save(self, request: GenerationRequest, result: GenerationResult) -> Item:
+        item = self._saved(request, result)
+        if isinstance(item, ServingError) and result.usage:
+            item.usage = result.usage  # an answer that cannot be used was paid for all the same
+        return item
+
+    def _saved(self, request: GenerationRequest, result: GenerationResult) -> Item:
         if result.error is not None:
             return result.error
         store = self.serving.image_io

@@ -223,6 +223,7 @@ class Serving(Protocol):
         image_io: where the images go; None for a serving that answers with text.
         images_per_prompt: how many images each prompt asks for.
         timeout: seconds one call of :meth:`generate` may take; None for no limit.
+        requests_per_minute: most requests that may start in a minute; None for any number.
         reproducible: asking again gives the same answer, so that a broken one is not asked for again.
     """
 
@@ -231,6 +232,7 @@ class Serving(Protocol):
     image_io: ImageStore | None = None
     images_per_prompt: int = 1
     timeout: float | None = None
+    requests_per_minute: float | None = None
     reproducible: bool = True
 
     def fingerprint(self) -> Mapping[str, Any]:

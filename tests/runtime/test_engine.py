@@ -11,12 +11,13 @@ from dataflow.errors import (
     BadRequestError,
     ConfigError,
     InputError,
+    RetryError,
     RunStoppedError,
     StepError,
     TooManyFailuresError,
 )
 from dataflow.operators import Text2ImageGenerator
-from dataflow.runtime import engine
+from dataflow.runtime import engine, limits
 from dataflow.runtime.engine import execute
 from dataflow.serving.fake_serving import FakeServing
 from dataflow.types import GenerationResult
@@ -314,11 +315,39 @@ class TestFailures:
         assert {record.get("att") for record in job.records("done")} == {None}
 
     def test_nothing_but_rate_limits_stops_the_run_in_the_end(self, job, monkeypatch):
-        monkeypatch.setattr(engine, "RATE_LIMIT_PATIENCE", 0.01)
-        with pytest.raises(RunStoppedError, match="nothing but rate limits") as stopped:
+        monkeypatch.setattr(engine, "PATIENCE", 0.01)
+        with pytest.raises(RunStoppedError, match="nothing for 0 s but: too many requests") as stopped:
             job.prompts("a", "b").run(job.serving(script={"a": "rate_limit:0.02", "b": "rate_limit:0.02"}))
         assert stopped.value.summary.pending == 2
         assert job.run().done == 2
+
+    def test_a_service_that_is_down_costs_no_request_its_attempts(self, job, monkeypatch):
+        monkeypatch.setattr(limits, "backoff", lambda attempt: 0.001)
+        monkeypatch.setattr(engine, "backoff", lambda attempt: 0.001)
+
+        class Down(FakeServing):
+            reproducible = False
+            calls = 0
+
+            async def generate(self, requests):
+                self.calls += 1
+                if self.calls <= 60:
+                    raise RetryError("connection refused")
+                return await super().generate(requests)
+
+        summary = job.prompts(*(f"prompt {i}" for i in range(6))).run(Down(job.io, size=(8, 8), concurrency=4))
+        assert (summary.done, summary.failed) == (6, 0)
+
+    def test_a_service_that_stays_down_stops_the_run(self, job, monkeypatch):
+        monkeypatch.setattr(limits, "backoff", lambda attempt: 0.002)
+        monkeypatch.setattr(engine, "backoff", lambda attempt: 0.002)
+        monkeypatch.setattr(engine, "PATIENCE", 0.05)
+        serving = job.serving(concurrency=4, script={"prompt": "error"})
+        serving.reproducible = False
+        with pytest.raises(RunStoppedError, match="stopped: nothing for 0 s but: connection lost") as stopped:
+            job.prompts(*(f"prompt {i}" for i in range(40))).run(serving)
+        assert stopped.value.summary.pending >= 34
+        assert job.run().done == 40
 
     def test_a_call_that_hangs_is_given_up(self, job):
         serving = job.serving(script={"stuck": "hang"}, timeout=0.05, batch_size=3)

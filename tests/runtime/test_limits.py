@@ -195,3 +195,45 @@ class TestRoom:
                 pass
 
         go(work)
+
+
+class TestPace:
+    def test_requests_start_evenly_over_a_minute(self, clock):
+        async def work() -> None:
+            limiter = Limiter(4, asyncio.Event(), per_minute=30)
+            started = []
+            for count in (1, 3, 1):
+                async with limiter.slot(count):
+                    started.append(clock.now - 1000.0)
+            assert started == [0.0, 2.0, 8.0]
+            clock.now += 100.0  # time that was not used is no credit
+            for _ in range(2):
+                async with limiter.slot():
+                    started.append(clock.now - 1000.0)
+            assert started[3:] == [108.0, 110.0]
+
+        go(work)
+
+
+class TestDown:
+    def test_a_few_failures_are_the_requests_own(self, clock):
+        limiter = Limiter(8, asyncio.Event())
+        for _ in range(3):
+            assert [limiter.failed() for _ in range(limits.DOWN_AFTER - 1)] == [None] * (limits.DOWN_AFTER - 1)
+            limiter.succeeded()
+        assert (limiter.allowed, limiter.trouble) == (8, 0.0)
+
+    def test_many_in_a_row_hold_everybody_back_longer_and_longer(self, clock):
+        limiter = Limiter(8, asyncio.Event())
+        for _ in range(limits.DOWN_AFTER - 1):
+            limiter.failed()
+        first = limiter.failed()
+        assert 0.5 <= first <= 1.0
+        assert limiter.failed() == pytest.approx(first)  # it was under way already
+        clock.now += first
+        assert limiter.failed() >= 1.0
+        assert limiter.allowed == 1.0
+        clock.now += 30.0
+        assert limiter.trouble == pytest.approx(30.0 + first)
+        limiter.succeeded()
+        assert (limiter.trouble, limiter.allowed) == (0.0, 2.0)

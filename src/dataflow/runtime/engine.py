@@ -50,8 +50,8 @@ logger = logging.getLogger(__name__)
 
 LEAST_FAILURES = 100
 """Fewer failed rows than this never stop a run."""
-RATE_LIMIT_PATIENCE = 900.0
-"""Seconds of nothing but rate limits after which a run stops."""
+PATIENCE = 900.0
+"""Seconds of nothing but rate limits, or of a service that is down, after which a run stops."""
 GIVE_UP_SECONDS = 2.0
 """How long a second Ctrl-C waits for the serving to be cleaned up."""
 
@@ -139,7 +139,6 @@ class _Run:
         self._in_hand = 0
         self._unfinished: set[str] = set()
         self._deadly: set[str] = set()
-        self._limited_since: float | None = None
 
     def execute(self) -> Summary:
         self.journal.open()
@@ -225,7 +224,9 @@ class _Run:
         kind = InlineWorker if len(replicas) == 1 else ProcessWorker
         workers: list[Worker] = [kind(replica, self.identifier.fingerprint) for replica in replicas]
         self._workers = workers
-        self.limiter = Limiter(sum(worker.concurrency for worker in workers), self._halted)
+        self.limiter = Limiter(
+            sum(worker.concurrency for worker in workers), self._halted, self.serving.requests_per_minute
+        )
         slots = [asyncio.Semaphore(worker.concurrency) for worker in workers]
         rooms = [Room() for _ in workers]
         self._pushed_back = [first]
@@ -296,7 +297,6 @@ class _Run:
                 todo += await self._react(requests, attempt, result)
                 continue
             self.limiter.succeeded()
-            self._limited_since = None
             todo += await self._take(requests, result, attempt)
 
     async def _attempt(
@@ -310,7 +310,7 @@ class _Run:
                 return None
             paid, result = 0.0, None
             try:
-                async with slot, self.limiter.slot():
+                async with slot, self.limiter.slot(len(requests)):
                     if self.planner.stopping:
                         return None
                     self._start(requests)
@@ -359,8 +359,14 @@ class _Run:
             self._stop(RunStoppedError(f"stopped: {error}"))
             return []
         if isinstance(error, RateLimitError):
-            self._rate_limited(error)
+            self._hold_back(self.limiter.rate_limited(error.retry_after), error)
             return [(requests, attempt)]
+        if isinstance(error, RetryError) and not self.serving.reproducible:
+            wait = self.limiter.failed()
+            if wait is not None:
+                # The service is down: no request's attempt, and no reason to give one up.
+                self._hold_back(wait, error)
+                return [(requests, attempt)]
         if len(requests) > 1:
             half = (len(requests) + 1) // 2
             logger.info("batch of %d failed (%s), trying it in halves: %s", len(requests), error.reason, error)
@@ -384,16 +390,10 @@ class _Run:
             self._end(request, "failed", reason, str(error))
         return []
 
-    def _rate_limited(self, error: RateLimitError) -> None:
-        now = time.monotonic()
-        wait = self.limiter.rate_limited(error.retry_after)
-        if self._limited_since is None:
-            self._limited_since = now
-        if now - self._limited_since > RATE_LIMIT_PATIENCE:
-            self._stop(
-                RunStoppedError(f"stopped: nothing but rate limits for {now - self._limited_since:.0f} s: {error}")
-            )
-        logger.info("rate limit: all lanes wait %.1f s: %s", wait, error)
+    def _hold_back(self, wait: float, error: ServingError) -> None:
+        if self.limiter.trouble > PATIENCE:
+            self._stop(RunStoppedError(f"stopped: nothing for {self.limiter.trouble:.0f} s but: {error}"))
+        logger.info("all lanes wait %.1f s: %s", wait, error)
 
     # -- how requests end --------------------------------------------------------------------------------------------
 

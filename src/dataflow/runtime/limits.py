@@ -1,4 +1,4 @@
-"""How many batches may be generated at once, and when: one limiter for all lanes of a step."""
+"""How many batches may be generated at once, how often, and when: one limiter for all lanes of a step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from contextlib import asynccontextmanager
 
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 60.0
+DOWN_AFTER = 8
+"""So many failures in a row, with no success between, mean that the service is down and not that a request is bad."""
 
 
 def backoff(attempt: int) -> float:
@@ -57,31 +59,44 @@ class Room:
 class Limiter:
     """Slots that shrink by half when the service says it is too much, and grow back one by one (AIMD).
 
-    A stated wait holds back everybody, not only the batch that was told.
+    A stated wait holds back everybody, not only the batch that was told. A service that is down is asked again with
+    one request at a time, after longer and longer waits.
 
     Args:
         concurrency: most slots there can be.
         halted: set when the run stops; nobody is held back any more.
+        per_minute: most requests that start in a minute, evenly spaced; None for any number.
     """
 
-    def __init__(self, concurrency: int, halted: asyncio.Event) -> None:
+    def __init__(self, concurrency: int, halted: asyncio.Event, per_minute: float | None = None) -> None:
         self._most = concurrency
         self._halted = halted
+        self._space = 60.0 / per_minute if per_minute else 0.0
         self.allowed = float(concurrency)
         self._busy = 0
         self._not_before = 0.0
+        self._next = 0.0
         self._limited_in_a_row = 0
+        self._failed_in_a_row = 0
+        self._trouble_since: float | None = None
         self._changed = asyncio.Condition()
 
+    @property
+    def trouble(self) -> float:
+        """Seconds since the service began to do nothing but limit or fail."""
+        return 0.0 if self._trouble_since is None else time.monotonic() - self._trouble_since
+
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Wait for a slot and hold it."""
+    async def slot(self, requests: int = 1) -> AsyncIterator[None]:
+        """Wait for a slot, and for the turn of so many requests, and hold it."""
         async with self._changed:
             while self._busy >= int(self.allowed):
                 await self._changed.wait()
             self._busy += 1
         try:
-            while (wait := self._not_before - time.monotonic()) > 0 and not self._halted.is_set():
+            turn = max(self._next, time.monotonic())
+            self._next = turn + self._space * requests
+            while (wait := max(self._not_before, turn) - time.monotonic()) > 0 and not self._halted.is_set():
                 await pause(wait, self._halted)
             yield
         finally:
@@ -91,7 +106,8 @@ class Limiter:
 
     def succeeded(self) -> None:
         """A batch went through: one slot more per round of successes."""
-        self._limited_in_a_row = 0
+        self._limited_in_a_row = self._failed_in_a_row = 0
+        self._trouble_since = None
         self.allowed = min(self._most, self.allowed + 1 / self.allowed)
 
     def rate_limited(self, retry_after: float | None) -> float:
@@ -101,6 +117,21 @@ class Limiter:
             # One burst of 429s is one signal, not one per lane.
             self.allowed = max(1.0, self.allowed / 2)
             self._limited_in_a_row += 1
-        wait = retry_after if retry_after is not None else backoff(self._limited_in_a_row)
+        return self._hold_back(retry_after if retry_after is not None else backoff(self._limited_in_a_row))
+
+    def failed(self) -> float | None:
+        """A call failed that might have worked; if the service is down by now, the seconds all lanes hold back."""
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row < DOWN_AFTER:
+            return None
+        self.allowed = 1.0
+        if (left := self._not_before - time.monotonic()) > 0:
+            return left  # calls that were under way when it was found out say nothing new
+        return self._hold_back(backoff(self._failed_in_a_row - DOWN_AFTER + 1))
+
+    def _hold_back(self, wait: float) -> float:
+        now = time.monotonic()
+        if self._trouble_since is None:
+            self._trouble_since = now
         self._not_before = max(self._not_before, now + wait)
         return wait

@@ -48,6 +48,7 @@ by itself).
 - backgrounds: {backgrounds} (white if none is named)
 - places: "at the top", "in the bottom left", "in the center", ...
 - two objects: "to the left of", "right of", "above", "below", or a place for each
+- what is not said: one object stands in the center, two stand left and right; related ones in the middle row or column
 - edits: "make the red circle blue", "turn the square into a star", "remove the green triangle",
   "add a yellow star at the top", "change the background to black"
 
@@ -55,8 +56,8 @@ Anything else is a riddle to it.
 
 ## How well
 
-Measured {date} by rules (`training/checker.py`: background, number, colour, shape and place of every object; for
-edits, everything else where it was) on combinations that training never showed, {steps} steps, seed {seed}:
+Measured {date} by rules (`training/checker.py`: background, number, colour, shape and place of every object, as far as
+the prompt says it; for edits, everything else where it was) on combinations that training never showed, {steps} steps, seed {seed}:
 
 | task | entirely right | of |
 | --- | --- | --- |

@@ -57,7 +57,8 @@ Anything else is a riddle to it.
 ## How well
 
 Measured {date} by rules (`training/checker.py`: background, number, colour, shape and place of every object, as far as
-the prompt says it; for edits, everything else where it was) on combinations that training never showed, {steps} steps, seed {seed}:
+the prompt says it; for edits, everything else where it was) on combinations that training never showed, {steps} steps,
+seed {seed}:
 
 | task | entirely right | of |
 | --- | --- | --- |

@@ -54,32 +54,32 @@ def vet_address(text: str, host: str = "") -> IPv4Address | IPv6Address:
 
     Raises:
         BadOutputError: ``unsafe_url``; it is no address, or it, or the IPv4 address that an IPv6 address stands for
-            (mapped, 6to4, Teredo, NAT64), is local, private, reserved or for many receivers.
+            (mapped, 6to4, NAT64), is local, private, reserved or for many receivers. Teredo is refused as a whole.
     """
     found = f"{host} resolves to {text}, which" if host and host != text else text
     try:
         address = ip_address(text)
     except ValueError:
         _refuse(f"{found} is not an address")
-    if not all(map(_is_public, _destinations(address))):
+    if not _is_public(_destination(address)):
         _refuse(f"{found} is not an address of the public internet; it is not asked")
     return address
 
 
-def _destinations(address: IPv4Address | IPv6Address) -> tuple[IPv4Address | IPv6Address, ...]:
-    """Where packets to this address end up: the IPv4 addresses that tunnels and translators take out of it."""
+def _destination(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    """Where packets to this address end up: the IPv4 address that a tunnel or translator takes out of it, or itself."""
     if isinstance(address, IPv4Address):
-        return (address,)
+        return address
     if address in _NAT64:
-        return (IPv4Address(int(address) & 0xFFFF_FFFF),)
-    return address.teredo or (address.ipv4_mapped or address.sixtofour or address,)
+        return IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped or address.sixtofour or address
 
 
 def _is_public(address: IPv4Address | IPv6Address) -> bool:
     if not address.is_global or address.is_multicast:
         return False
     if isinstance(address, IPv6Address):
-        # Also without ::127.0.0.1 and fec0::1, long abolished, which count as global in Python.
+        # Also without ::127.0.0.1 and fec0::1, long abolished, which count as global in Python; Teredo does not.
         return address in _UNICAST
     return not any(address in network for network in _INTERNAL)
 

@@ -125,9 +125,7 @@ class ServingError(DataflowError):
     reason: str = "error"
     usage: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(
-        self, message: str = "", *, reason: str | None = None, usage: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, message: str = "", *, reason: str | None = None, usage: Mapping[str, Any] | None = None) -> None:
         super().__init__(message or self.reason)
         if reason is not None:
             self.reason = reason

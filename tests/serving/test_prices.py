@@ -81,6 +81,10 @@ def test_a_bad_table_is_named(tmp_path, text, message):
             },
             Tokens(text_input=12, image_input=258, text_output=45, image_output=1290),
         ),
+        (
+            {"prompt_tokens": 12, "completion_tokens": 40, "completion_tokens_details": {"image_tokens": 0}},
+            Tokens(text_input=12, text_output=40),
+        ),
         ({"input_tokens": "many", "output_tokens": None, "input_tokens_details": 3}, Tokens()),
     ],
 )

@@ -126,7 +126,8 @@ def tokens(usage: Mapping[str, Any]) -> Tokens | None:
             image_input = _count(usage, f"{given}_details", "image_tokens")
             image_output = _count(usage, f"{answered}_details", "image_tokens")
             output = _count(usage, answered)
-            split = isinstance(usage.get(f"{answered}_details"), Mapping) and image_output > 0
+            details = usage.get(f"{answered}_details")
+            split = isinstance(details, Mapping) and "image_tokens" in details
             return Tokens(
                 text_input=max(0, _count(usage, given) - image_input),
                 image_input=image_input,

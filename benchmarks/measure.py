@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -53,7 +52,3 @@ def run_python(code: str, *arguments: str) -> dict[str, float]:
         [sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True
     ).stdout.splitlines()
     return {**json.loads(done[-2]), "peak_mb": float(done[-1])}
-
-
-def own_peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -119,6 +119,15 @@ def test_money_is_what_the_service_billed(site):
     assert site.api.ledger()["totals"]["attempts"] == 5
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", ["cut", "half_stream", "no_end", "disconnect", "paid_disconnect", "empty", "html"])
+def test_an_answer_that_breaks_off_is_asked_for_again(site, fault, stream):
+    site.api.script({"thing": [fault]})
+    summary = site.draw("thing", serving=site.serving(send_request_stream=stream))
+    assert (summary.done, summary.failed) == (1, 0)
+    assert mark(site.table()[0]["images"][0]) == expected_mark("thing")
+
+
 def test_an_unknown_price_is_unknown(site):
     summary = site.draw("fine", serving=site.serving(model_name="an-unheard-of-image-model"))
     assert (summary.done, summary.usd, summary.unpriced) == (1, 0.0, 1)

@@ -32,8 +32,9 @@ def survey(plan: Plan, serving: Serving, storage: FileStorage) -> Summary:
         InputError: the table cannot be read.
         ConfigError: the model the requests' identity depends on cannot be found.
     """
+    existing = serving.image_io.existing() if serving.image_io else ()
     index = Journal(journal_folder(storage)).load()
-    index.verify(serving.image_io.existing() if serving.image_io else ())
+    index.verify(existing)
     identifier = Identifier(serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest)
     tally = Tally(usd=index.usd, unpriced=index.unpriced)
     for row in checked_rows(plan, storage):

@@ -249,6 +249,8 @@ class APIVLMServing_openai(Serving):  # noqa: N801 - the name is fixed by the sp
         return GenerationResult(images=images, text=text, usage=usage, provenance=facts, seconds=seconds)
 
     async def _call(self, client: openai.AsyncOpenAI, request: GenerationRequest) -> Reply:
+        import aiohttp
+        import httpx2
         import openai
 
         body = {name: value for name, value in {**self.params, **request.params}.items() if value is not None}
@@ -272,9 +274,7 @@ class APIVLMServing_openai(Serving):  # noqa: N801 - the name is fixed by the sp
             raise RetryError(f"no answer within {self.timeout:g} s", reason="timeout") from None
         except openai.APIConnectionError as error:
             raise RetryError(self._clean(f"no connection: {error.__cause__ or error}"), reason="connection") from None
-        except ServingError:
-            raise
-        except Exception as error:  # noqa: BLE001
+        except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             # What breaks in the middle of an answer comes as the transport's own error, which is not the SDK's.
             raise RetryError(
                 self._clean(f"the answer broke off: {type(error).__name__}: {error}"), reason="cut_answer"

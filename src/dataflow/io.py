@@ -162,7 +162,7 @@ class ImageIO:
 
     # Writing
 
-    def save(self, image: Image.Image | bytes, name: str, metadata: Mapping[str, Any]) -> SavedImage:
+    def save(self, image: Image.Image | bytes | memoryview, name: str, metadata: Mapping[str, Any]) -> SavedImage:
         """Write one image, whole and once, as ``{save_path}/{name[:2]}/{name}.{suffix}``.
 
         The file appears under its name complete or not at all. Bytes are decoded and checked first and then encoded
@@ -182,6 +182,7 @@ class ImageIO:
             OSError: the file cannot be written (disk full, no permission); nothing is left behind.
         """
         relative = self._stem(name) + _SUFFIXES[self.format]
+        image = bytes(image) if isinstance(image, memoryview) else image
         source = self._decode(image) if isinstance(image, bytes) else image
         picture = normalise(source, None, keep_alpha=self.format != "jpeg")
         if self.format == "webp" and max(picture.size) > _MAX_WEBP_SIDE:

@@ -40,6 +40,7 @@ class Draft:
     Attributes:
         prompt: the text, exactly as the user wrote it.
         images: paths of input images as they stand in the row; several are references, in order.
+        mask: path of a picture that says where the first input image may be changed, or None.
         negative_prompt: what must not be seen.
         seed: a seed the row fixes itself; None lets the engine derive one.
         size: (width, height) in pixels, or None for the serving's default.
@@ -50,6 +51,7 @@ class Draft:
 
     prompt: str
     images: tuple[str, ...] = ()
+    mask: str | None = None
     negative_prompt: str | None = None
     seed: int | None = None
     size: tuple[int, int] | None = None
@@ -66,7 +68,8 @@ class GenerationRequest:
         request_id: 32 hex digits, a hash of everything that makes the image what it is. File name and journal key.
         prompt: the text.
         images: absolute paths of input images in order; empty means text to image.
-        image_hashes: sha256 of each input file's bytes, as they were when the request was made.
+        image_hashes: sha256 of each input file's bytes, as they were when the request was made; the mask's comes last.
+        mask: absolute path of the mask, or None.
         negative_prompt: what must not be seen, or None.
         seed: 0 ≤ seed < 2**63.
         size: (width, height) in pixels, or None for the model's own choice.
@@ -74,12 +77,14 @@ class GenerationRequest:
         turns: earlier turns of a multi-turn edit, oldest first; ``images`` is then the last turn's answer.
         after: request id of the previous turn, or None.
         alone: the engine suspects this request of killing its worker: it shares a batch with nothing.
+        job: for a detached serving, the name of the batch job it belongs to.
     """
 
     request_id: str
     prompt: str
     images: tuple[str, ...] = ()
     image_hashes: tuple[str, ...] = ()
+    mask: str | None = None
     negative_prompt: str | None = None
     seed: int
     size: tuple[int, int] | None = None
@@ -87,6 +92,7 @@ class GenerationRequest:
     turns: tuple[Turn, ...] = ()
     after: str | None = None
     alone: bool = False
+    job: str | None = None
 
     @property
     def task(self) -> Task:
@@ -98,7 +104,8 @@ class GenerationResult:
     """What a serving answers to one request: images, or text, or an error. A refusal is a result.
 
     Attributes:
-        images: decoded pictures (PIL, any mode) or encoded bytes as a service sent them (not trusted, not decoded).
+        images: decoded pictures (PIL, any mode) or encoded bytes as a service sent them (not trusted, not decoded);
+            a memoryview where they wait on disk.
         text: the answer of a serving that writes text.
         error: why there is nothing; its class says what the engine should do (:mod:`dataflow.errors`).
         usage: what the service counted, stored with the record; ``usd`` is what the call cost in US dollars, None or
@@ -107,7 +114,7 @@ class GenerationResult:
         seconds: time the request took, batch time shared among its members.
     """
 
-    images: tuple[Image | bytes, ...] = ()
+    images: tuple[Image | bytes | memoryview, ...] = ()
     text: str | None = None
     error: ServingError | None = None
     usage: Mapping[str, Any] = field(default_factory=dict)
@@ -193,7 +200,7 @@ class ImageStore(Protocol):
         """What stands in a row for the file ``name`` (relative to the store)."""
         ...
 
-    def save(self, image: Image | bytes, name: str, metadata: Mapping[str, Any]) -> SavedImage:
+    def save(self, image: Image | bytes | memoryview, name: str, metadata: Mapping[str, Any]) -> SavedImage:
         """Write one image under ``name`` (no suffix) durably and atomically; decode and check bytes first."""
         ...
 
@@ -225,6 +232,11 @@ class Serving(Protocol):
         timeout: seconds one call of :meth:`generate` may take; None for no limit.
         requests_per_minute: most requests that may start in a minute; None for any number.
         reproducible: asking again gives the same answer, so that a broken one is not asked for again.
+        masks: a request may have a mask; one that has none here is refused before any work.
+        remote: the work is done elsewhere; the replicas are connections that share this process, and one that fails
+            for good leaves its work to the others.
+        detached: a call of :meth:`generate` only waits for a batch job that goes on without it, named by the requests'
+            ``job``. It may be given up at any time: the same requests with the same name find the job again.
     """
 
     batch_size: int = 1
@@ -234,6 +246,9 @@ class Serving(Protocol):
     timeout: float | None = None
     requests_per_minute: float | None = None
     reproducible: bool = True
+    masks: bool = False
+    remote: bool = False
+    detached: bool = False
 
     def fingerprint(self) -> Mapping[str, Any]:
         """What identifies the model, as JSON: id, revision, class, dtype, adapters. Not batch size, device or keys."""
@@ -258,7 +273,7 @@ class Serving(Protocol):
         return None
 
     def replicas(self) -> Sequence[Serving]:
-        """Copies to run side by side, each in a process of its own (one per GPU); one copy runs in this process."""
+        """Copies to run side by side, each in a process of its own (one per GPU); a single or remote one runs here."""
         return [self]
 
     def setup(self) -> None:

@@ -75,6 +75,21 @@ def image_paths(row: Row, column: str) -> tuple[str, ...]:
     return found
 
 
+def mask_path(row: Row, column: str) -> str | None:
+    """The mask of a row's first input image, or None where the cell is empty.
+
+    Raises:
+        InputError: the column holds several, or something else.
+    """
+    value = row.get(column)
+    if _is_empty(value) or value in ([], [""]):
+        return None
+    mask, *more = image_paths(row, column)
+    if more:
+        raise InputError(f"expected one mask, found {len(more) + 1}", field=column)
+    return mask
+
+
 def overrides(row: Row) -> dict[str, Any]:
     """The keyword arguments of a :class:`~dataflow.types.Draft` that the row's own columns set.
 

@@ -32,7 +32,7 @@ class Identity(NamedTuple):
 
     Attributes:
         key: the request id as 16 bytes.
-        image_hashes: sha256 (hex) of each input image.
+        image_hashes: sha256 (hex) of each input image, the mask's last.
         occurrence: how many identical drafts came before it in the table.
     """
 
@@ -105,6 +105,7 @@ class Identifier:
             prompt=draft.prompt,
             images=tuple(str(self._resolve(path)) for path in draft.images),
             image_hashes=identity.image_hashes,
+            mask=None if draft.mask is None else str(self._resolve(draft.mask)),
             negative_prompt=self.negative_prompt if draft.negative_prompt is None else draft.negative_prompt,
             seed=seed,
             size=draft.size or self.size,
@@ -113,11 +114,13 @@ class Identifier:
         )
 
     def _content(self, draft: Draft) -> tuple[bytes, tuple[str, ...]]:
-        image_hashes = tuple(self._digest(self._resolve(path)) for path in draft.images) if draft.images else ()
+        inputs = draft.images if draft.mask is None else (*draft.images, draft.mask)
+        image_hashes = tuple(self._digest(self._resolve(path)) for path in inputs) if inputs else ()
         plain = draft.seed is None and draft.size is None and not draft.params
         negative = self.negative_prompt if draft.negative_prompt is None else draft.negative_prompt
         try:
-            head = orjson.dumps([draft.prompt, negative, image_hashes, draft.sample])
+            masked = () if draft.mask is None else ("mask",)
+            head = orjson.dumps([draft.prompt, negative, image_hashes, draft.sample, *masked])
         except TypeError as error:
             which = "negative prompt" if _is_unicode(draft.prompt) else "prompt"
             raise InputError(f"the {which} is not valid Unicode text ({error}): write it as UTF-8") from None

@@ -251,6 +251,8 @@ class Planner:
             message = f"the process died {DEADLY_STARTS} times while making this image alone"
             return self._end(key, Ending("failed", "killed_worker", message))
         try:
+            if request.mask is not None and not self.serving.masks:
+                raise BadRequestError("the row has a mask, and this model takes none")
             self.serving.check(request)
         except BadRequestError as error:
             return self._end(key, Ending("failed", error.reason, str(error)))

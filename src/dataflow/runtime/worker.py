@@ -201,6 +201,8 @@ class InlineWorker:
         if request.images:
             metadata["images"] = list(request.images)
             metadata["image_hashes"] = list(request.image_hashes)
+        if request.mask is not None:
+            metadata["mask"] = request.mask
         if request.after is not None:
             metadata["after"] = request.after
         metadata["software"] = f"open-dataflow {__version__}"

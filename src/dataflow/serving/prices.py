@@ -25,6 +25,7 @@ class Rates:
         text_output: tokens of text and thoughts in the answer.
         image_output: tokens of images in the answer.
         image: one image, where tokens are not counted or not priced.
+        batch: what a batch job costs of all that: 0.5 for half price.
     """
 
     text_input: float | None = None
@@ -32,6 +33,7 @@ class Rates:
     text_output: float | None = None
     image_output: float | None = None
     image: float | None = None
+    batch: float = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,8 +72,8 @@ class Reply:
     """What a service answered.
 
     Attributes:
-        images: in order: encoded bytes, neither checked nor decoded, or a URL still to be fetched, absolute or
-            relative to the service; any URL a model can write may stand here.
+        images: in order: encoded bytes (a memoryview where they lie in a file), neither checked nor decoded, or a URL
+            still to be fetched, absolute or relative to the service; any URL a model can write may stand here.
         text: the answer's text without image data and without Markdown image links.
         finish: the service's word for why it ended (``stop``, ``STOP``, ``length``), ``""`` if it gave none.
         usage: what the service counted, under the names it uses itself; empty if it did not say.
@@ -82,7 +82,7 @@ class Reply:
         logprobs: of a chat completion's first choice, as given.
     """
 
-    images: tuple[bytes | str, ...] = ()
+    images: tuple[bytes | memoryview | str, ...] = ()
     text: str = ""
     finish: str = ""
     usage: Mapping[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dataflow.operators.rows import image_paths, overrides, user_turns, with_images
+from dataflow.operators.rows import image_paths, mask_path, overrides, user_turns, with_images
 from dataflow.runtime.engine import RunOptions, execute
 from dataflow.types import Draft, Outcome, Plan, Row, Serving, Summary
 from dataflow.utils.storage import FileStorage
@@ -35,6 +35,7 @@ class PromptedImageEditGenerator:
         input_image_key: str = "images",
         input_conversation_key: str = "conversations",
         output_image_key: str = "edited_images",
+        input_mask_key: str | None = None,
     ) -> Plan:
         """The step as a description.
 
@@ -43,15 +44,18 @@ class PromptedImageEditGenerator:
             input_conversation_key: column with the instruction: a string, or messages whose user turns are followed.
             output_image_key: column that gets the list of edited images, after the last turn. The images of all turns
                 stand in ``{output_image_key}_turns`` where there are several.
+            input_mask_key: column with the path of a mask for the first image, for models that take one; an empty cell
+                means none. The mask goes with the first turn.
         """
 
         def requests(row: Row) -> list[Draft]:
             turns = user_turns(row, input_conversation_key)
             images = image_paths(row, input_image_key)
+            mask = None if input_mask_key is None else mask_path(row, input_mask_key)
             settings = overrides(row)
             drafts: list[Draft] = []
             for sample in range(self.pipe.images_per_prompt):
-                drafts.append(Draft(prompt=turns[0], images=images, sample=sample, **settings))
+                drafts.append(Draft(prompt=turns[0], images=images, mask=mask, sample=sample, **settings))
                 for prompt in turns[1:]:
                     drafts.append(Draft(prompt=prompt, sample=sample, after=len(drafts) - 1, **settings))
             return drafts
@@ -64,7 +68,7 @@ class PromptedImageEditGenerator:
 
         return Plan(
             name=type(self).__name__,
-            inputs=(input_image_key, input_conversation_key),
+            inputs=(input_image_key, input_conversation_key, *([input_mask_key] if input_mask_key else [])),
             outputs=(output_image_key,),
             requests=requests,
             fold=fold,
@@ -78,6 +82,7 @@ class PromptedImageEditGenerator:
         input_image_key: str = "images",
         input_conversation_key: str = "conversations",
         output_image_key: str = "edited_images",
+        input_mask_key: str | None = None,
     ) -> Summary:
         """Edit the images of every row of the storage's step; see :meth:`plan` for the columns.
 
@@ -88,5 +93,6 @@ class PromptedImageEditGenerator:
             input_image_key=input_image_key,
             input_conversation_key=input_conversation_key,
             output_image_key=output_image_key,
+            input_mask_key=input_mask_key,
         )
         return execute(plan, storage, self.options)

@@ -120,7 +120,6 @@ def job(tmp_path: Path) -> Job:
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trying again takes no time."""
-    monkeypatch.setattr("dataflow.runtime.engine.backoff", lambda attempt: 0.0)
     monkeypatch.setattr("dataflow.runtime.limits.backoff", lambda attempt: 0.0)
 
 

@@ -7,6 +7,8 @@ rest: names, files, journal, retries, order.
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,6 +191,16 @@ class BadRow:
 
     raw: str
     error: str
+
+
+def new_job_name() -> str:
+    """A name for a batch job that nobody used before; it says when it was given."""
+    return f"{int(time.time())}-{uuid.uuid4().hex}"
+
+
+def job_named_at(name: str) -> float:
+    """Seconds since 1970 at which :func:`new_job_name` gave the name."""
+    return float(name.partition("-")[0])
 
 
 class ImageStore(Protocol):

@@ -122,18 +122,22 @@ def test_what_a_call_cost(usage, expected):
 
 def test_one_goes_alone_while_nobody_knows_the_price():
     async def story():
-        budget = Budget(1.0, 0.0)
+        spent = [0.0]
+        budget = Budget(1.0, lambda: sum(spent))
         first = await budget.hold([None])
         second = asyncio.create_task(budget.hold([None]))
         await asyncio.sleep(0.01)
         assert (first, second.done()) == (1.0, False)
+        spent.append(0.4)
         await budget.settle(first, 0.4, 1)
         assert await second == pytest.approx(0.4)
         third = asyncio.create_task(budget.hold([0.1]))
         await asyncio.sleep(0.01)
         assert not third.done()  # 0.2 are left, and one has cost 0.4 before
+        spent.append(0.1)
         await budget.settle(0.4, 0.1, 1)
         assert await third == pytest.approx(0.4)
+        spent.append(0.4)
         await budget.settle(0.4, 0.4, 1)
         assert await budget.hold([None]) is None
 

@@ -17,7 +17,7 @@ from dataflow.errors import (
     TooManyFailuresError,
 )
 from dataflow.operators import Text2ImageGenerator
-from dataflow.runtime import engine, limits
+from dataflow.runtime import engine, limits, station
 from dataflow.runtime.engine import execute
 from dataflow.serving.fake_serving import FakeServing
 from dataflow.types import GenerationResult
@@ -273,7 +273,7 @@ class TestFailures:
 
     def test_trying_again_waits_longer_each_time(self, job, monkeypatch):
         asked = []
-        monkeypatch.setattr(engine, "backoff", lambda attempt: asked.append(attempt) or 0.0)
+        monkeypatch.setattr(limits, "backoff", lambda attempt: asked.append(attempt) or 0.0)
         job.prompts("flaky").run(job.serving(script={"flaky": "error"}), max_attempts=4)
         assert asked == [1, 2, 3]
 
@@ -315,7 +315,7 @@ class TestFailures:
         assert {record.get("att") for record in job.records("done")} == {None}
 
     def test_nothing_but_rate_limits_stops_the_run_in_the_end(self, job, monkeypatch):
-        monkeypatch.setattr(engine, "PATIENCE", 0.01)
+        monkeypatch.setattr(station, "PATIENCE", 0.01)
         with pytest.raises(RunStoppedError, match="nothing for 0 s but: too many requests") as stopped:
             job.prompts("a", "b").run(job.serving(script={"a": "rate_limit:0.02", "b": "rate_limit:0.02"}))
         assert stopped.value.summary.pending == 2
@@ -323,7 +323,7 @@ class TestFailures:
 
     def test_a_service_that_is_down_costs_no_request_its_attempts(self, job, monkeypatch):
         monkeypatch.setattr(limits, "backoff", lambda attempt: 0.001)
-        monkeypatch.setattr(engine, "backoff", lambda attempt: 0.001)
+        monkeypatch.setattr(limits, "backoff", lambda attempt: 0.001)
 
         class Down(FakeServing):
             reproducible = False
@@ -340,8 +340,8 @@ class TestFailures:
 
     def test_a_service_that_stays_down_stops_the_run(self, job, monkeypatch):
         monkeypatch.setattr(limits, "backoff", lambda attempt: 0.002)
-        monkeypatch.setattr(engine, "backoff", lambda attempt: 0.002)
-        monkeypatch.setattr(engine, "PATIENCE", 0.05)
+        monkeypatch.setattr(limits, "backoff", lambda attempt: 0.002)
+        monkeypatch.setattr(station, "PATIENCE", 0.05)
         serving = job.serving(concurrency=4, script={"prompt": "error"})
         serving.reproducible = False
         with pytest.raises(RunStoppedError, match="stopped: nothing for 0 s but: connection lost") as stopped:

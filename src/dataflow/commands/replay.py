@@ -121,7 +121,8 @@ def _make(serving: Serving, request: GenerationRequest) -> Image.Image | bytes:
         raise result.error
     if not result.images:
         raise InputError("the serving answered with text, not with an image")
-    return result.images[0]
+    image = result.images[0]
+    return bytes(image) if isinstance(image, memoryview) else image
 
 
 def _compare(images: ImageIO, original: Path, again: Path, tolerance: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -26,11 +26,11 @@ class Budget:
 
     Args:
         limit: US dollars for the step over all its runs; None for no limit.
-        spent: dollars spent before.
+        spent: tells the dollars spent so far, in all runs.
     """
 
-    def __init__(self, limit: float | None, spent: float) -> None:
-        self.limit, self.spent = limit, spent
+    def __init__(self, limit: float | None, spent: Callable[[], float]) -> None:
+        self.limit, self._spent = limit, spent
         self._held = 0.0
         self._in_flight = 0
         self._dearest: float | None = None
@@ -47,7 +47,7 @@ class Budget:
         async with self._changed:
             while True:
                 amount = self._expected(estimates)
-                left = self.limit - self.spent - self._held
+                left = self.limit - self._spent() - self._held
                 if amount is None and not self._in_flight and left > 0:
                     amount = left
                 if amount is not None and amount <= left + 1e-9:
@@ -59,8 +59,7 @@ class Budget:
                 await self._changed.wait()
 
     async def settle(self, held: float, paid: float, requests: int) -> None:
-        """The calls for which ``held`` was set aside are over and cost ``paid``."""
-        self.spent += paid
+        """The calls for which ``held`` was set aside are over and cost ``paid``, which is spent by now."""
         if self.limit is None:
             return
         async with self._changed:
@@ -72,7 +71,7 @@ class Budget:
     def spent_up(self) -> str:
         """Why no further call can be made, and what to do about it."""
         return (
-            f"the budget of ${self.limit:,.2f} does not hold another call (${self.spent:,.4f} spent in all runs of "
+            f"the budget of ${self.limit:,.2f} does not hold another call (${self._spent():,.4f} spent in all runs of "
             "this step). Everything finished is kept: raise the budget and run again to go on"
         )
 

@@ -6,6 +6,7 @@ A record is one JSON object per line whose last field is the CRC-32 of all bytes
     {"s":"done","k":"<request id>","img":[{"name":…,"sha256":…,"bytes":…,"w":…,"h":…}],…,"crc":"…"}
     {"s":"refused"|"failed","k":"<request id>","reason":…,"msg":…,"crc":"…"}
     {"s":"paid","k":"<request id>","usage":{…},"crc":"…"}      a call without a result that was counted
+    {"s":"job","name":"…","ks":[…],"crc":"…"}  these requests go into the batch job of that name
     {"s":"forget","ks":[…],"crc":"…"}          these requests count as never tried
     {"s":"seal","crc":"…"}                     the line before was torn by a crash
 
@@ -89,6 +90,7 @@ class Index:
         endings: requests that ended without an image.
         starts: unfinished starts of requests that never ended: how often a process died with them in hand.
         alone: those of the starts in which the request ran by itself because it was suspected.
+        jobs: names of the batch jobs in which requests without an end are.
         torn: torn or damaged records skipped while reading.
         usd: US dollars spent, in all runs.
         unpriced: calls of which nobody knows what they cost.
@@ -99,17 +101,20 @@ class Index:
     endings: dict[bytes, Ending] = field(default_factory=dict)
     starts: dict[bytes, int] = field(default_factory=dict)
     alone: dict[bytes, int] = field(default_factory=dict)
+    jobs: dict[bytes, str] = field(default_factory=dict)
     torn: int = 0
     usd: float = 0.0
     unpriced: int = 0
+    _counting: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def bill(self, usage: Mapping[str, Any]) -> float:
-        """Count what a call cost; returns it, 0.0 where nobody knows."""
+        """Count what a call cost; returns it, 0.0 where nobody knows. May be called from any thread."""
         usd = dollars_of(usage)
-        if usd is None:
-            self.unpriced += 1
-            return 0.0
-        self.usd += usd
+        with self._counting:
+            if usd is None:
+                self.unpriced += 1
+                return 0.0
+            self.usd += usd
         return usd
 
     def add_done(self, key: bytes, record: dict[str, Any]) -> None:
@@ -182,12 +187,17 @@ class Index:
         if status == "done":
             key = bytes.fromhex(record["k"])
             self.add_done(key, record)
-            self.starts.pop(key, None)
-            self.alone.pop(key, None)
+            for table in (self.starts, self.alone, self.jobs):
+                table.pop(key, None)
             if usage := record.get("usage"):
                 self.bill(usage)
         elif status == "paid":
             self.bill(record["usage"])
+            # The job has answered: asked again, the answer would be counted again.
+            self.jobs.pop(bytes.fromhex(record["k"]), None)
+        elif status == "job":
+            for text in record["ks"]:
+                self.jobs[bytes.fromhex(text)] = record["name"]
         elif status == "start":
             keys = record["ks"]
             for text in keys:
@@ -198,7 +208,7 @@ class Index:
         elif status in ("refused", "failed"):
             key = bytes.fromhex(record["k"])
             self.endings[key] = Ending(status, record["reason"], record["msg"])
-            for table in (self.packed, self.records, self.starts, self.alone):
+            for table in (self.packed, self.records, self.starts, self.alone, self.jobs):
                 table.pop(key, None)
         elif status == "forget":
             for text in record["ks"]:

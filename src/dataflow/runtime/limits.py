@@ -15,6 +15,11 @@ DOWN_AFTER = 8
 """So many failures in a row, with no success between, mean that the service is down and not that a request is bad."""
 
 
+ELSEWHERE_AFTER = 3
+"""The same where another endpoint can take the work: fewer than a request has attempts, so that a dead endpoint cannot
+use up all of them."""
+
+
 def backoff(attempt: int) -> float:
     """Seconds to wait before trying again, with full jitter; ``attempt`` counts from 1."""
     return random.uniform(0.5, 1.0) * min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1))  # noqa: S311  not a secret
@@ -24,6 +29,10 @@ async def pause(seconds: float, halted: asyncio.Event) -> None:
     """Sleep, but no longer than until ``halted``."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(halted.wait(), seconds)
+
+
+class HeldBackError(Exception):
+    """The service wants to be left alone for a while, and somebody else can do the work."""
 
 
 class Room:
@@ -87,13 +96,19 @@ class Limiter:
         return 0.0 if self._trouble_since is None else time.monotonic() - self._trouble_since
 
     @asynccontextmanager
-    async def slot(self, requests: int = 1) -> AsyncIterator[None]:
-        """Wait for a slot, and for the turn of so many requests, and hold it."""
+    async def slot(self, requests: int = 1, *, impatient: bool = False) -> AsyncIterator[None]:
+        """Wait for a slot, and for the turn of so many requests, and hold it.
+
+        Raises:
+            HeldBackError: all lanes hold back, and the caller is impatient.
+        """
         async with self._changed:
             while self._busy >= int(self.allowed):
                 await self._changed.wait()
             self._busy += 1
         try:
+            if impatient and self._not_before > time.monotonic():
+                raise HeldBackError
             turn = max(self._next, time.monotonic())
             self._next = turn + self._space * requests
             while (wait := max(self._not_before, turn) - time.monotonic()) > 0 and not self._halted.is_set():
@@ -103,6 +118,11 @@ class Limiter:
             async with self._changed:
                 self._busy -= 1
                 self._changed.notify_all()
+
+    async def ready(self) -> None:
+        """Wait until nobody is held back any more."""
+        while (wait := self._not_before - time.monotonic()) > 0 and not self._halted.is_set():
+            await pause(wait, self._halted)
 
     def succeeded(self) -> None:
         """A batch went through: one slot more per round of successes."""
@@ -119,15 +139,19 @@ class Limiter:
             self._limited_in_a_row += 1
         return self._hold_back(retry_after if retry_after is not None else backoff(self._limited_in_a_row))
 
-    def failed(self) -> float | None:
-        """A call failed that might have worked; if the service is down by now, the seconds all lanes hold back."""
+    def failed(self, after: int = DOWN_AFTER) -> float | None:
+        """A call failed that might have worked; if the service is down by now, the seconds all lanes hold back.
+
+        Args:
+            after: failures in a row that mean that it is down.
+        """
         self._failed_in_a_row += 1
-        if self._failed_in_a_row < DOWN_AFTER:
+        if self._failed_in_a_row < after:
             return None
         self.allowed = 1.0
         if (left := self._not_before - time.monotonic()) > 0:
             return left  # calls that were under way when it was found out say nothing new
-        return self._hold_back(backoff(self._failed_in_a_row - DOWN_AFTER + 1))
+        return self._hold_back(backoff(self._failed_in_a_row - after + 1))
 
     def _hold_back(self, wait: float) -> float:
         now = time.monotonic()

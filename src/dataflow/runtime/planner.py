@@ -7,9 +7,10 @@ import logging
 import threading
 from array import array
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dataflow.errors import BadRequestError, ImageError, InputError
 from dataflow.io import ImageIO
@@ -140,7 +141,9 @@ class Planner:
         self._suspects = deque(sorted(self._suspects, key=lambda r: alone.get(bytes.fromhex(r.request_id), 0)))
 
     def batch_key(self, request: GenerationRequest) -> Hashable:
-        return request.request_id if request.alone else self.serving.batch_key(request)
+        if request.alone:
+            return request.request_id
+        return self.serving.batch_key(request), request.job
 
     def shrink(self, request: GenerationRequest, size: int) -> None:
         """From now on no batch of this request's kind holds more than ``size``."""
@@ -268,9 +271,19 @@ class Planner:
         """Take over a whole image that a killed run left without a record."""
         store = self.serving.image_io
         found = store.find(request.request_id) if store else None
-        if store is None or found is None or not _is_of(store, found, request):
+        if store is None or found is None:
             return False
-        record = done_record(request.request_id, [found], adopted=True)
+        inside = _facts_in(store, found)
+        if inside.get("request_id") != request.request_id:
+            return False  # a name alone can come about by copying
+        facts: dict[str, Any] = {"adopted": True}
+        usage = inside.get("usage")
+        if isinstance(usage, dict) and (key in self.index.starts or key in self.index.jobs):
+            # Paid for by the run that was killed. A file that came from elsewhere costs this step nothing.
+            facts["usage"] = usage
+            self.index.bill(usage)
+            self.tally.usd, self.tally.unpriced = self.index.usd, self.index.unpriced
+        record = done_record(request.request_id, [found], **facts)
         self.journal.append(record)
         self.index.add_done(key, record)
         self.index.mark_seen(key)
@@ -288,6 +301,8 @@ class Planner:
                     self._children.setdefault(parent.request_id, []).append(request)
                 return
             request = _next_turn(request, parent, self.outcome(parent_key).images[0])
+        if job := self.index.jobs.get(key):
+            request = replace(request, job=job)
         if self.index.starts.get(key, 0) >= SUSPECT_STARTS:
             self._suspects.append(replace(request, alone=True))
         else:
@@ -335,13 +350,12 @@ def checked_rows(plan: Plan, storage: FileStorage) -> Iterator[Row | BadRow]:
     return itertools.chain(first, rows)
 
 
-def _is_of(store: ImageStore, found: SavedImage, request: GenerationRequest) -> bool:
-    """Whether the file says inside that it was made for this request: a name alone can come about by copying."""
+def _facts_in(store: ImageStore, found: SavedImage) -> Mapping[str, Any]:
+    """What the file says of itself."""
     try:
-        facts = ImageIO(store.save_path).read_metadata(store.save_path / found.name)
+        return ImageIO(store.save_path).read_metadata(store.save_path / found.name)
     except ImageError:
-        return False
-    return facts.get("request_id") == request.request_id
+        return {}
 
 
 def failure_reason(row: Row | BadRow, error: InputError) -> str:

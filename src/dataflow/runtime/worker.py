@@ -205,6 +205,8 @@ class InlineWorker:
             metadata["mask"] = request.mask
         if request.after is not None:
             metadata["after"] = request.after
+        if result.usage:
+            metadata["usage"] = dict(result.usage)
         metadata["software"] = f"open-dataflow {__version__}"
         metadata["provenance"] = dict(result.provenance)
         return metadata

@@ -12,14 +12,13 @@ import logging
 import mmap
 import tempfile
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from dataflow.errors import BadRequestError, FatalServingError, RateLimitError, RetryError, ServingError
 from dataflow.serving.replies import Reply
-from dataflow.types import GenerationRequest
+from dataflow.types import GenerationRequest, job_named_at, new_job_name
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +46,9 @@ class BatchJob:
     state: Literal["working", "ended", "failed"]
     error: ServingError | None = None
     raw: Any = None
+
+
+new_name = new_job_name
 
 
 class BatchService(Protocol):
@@ -83,14 +85,9 @@ class BatchService(Protocol):
         ...
 
 
-def new_name() -> str:
-    """A name for a job, which says when it was given."""
-    return f"{int(time.time())}-{uuid.uuid4().hex}"
-
-
 def not_before(name: str) -> float:
     """Seconds since 1970 before which no job of that name can have been sent."""
-    return float(name.partition("-")[0]) - OVERLAP
+    return job_named_at(name) - OVERLAP
 
 
 class Spool:

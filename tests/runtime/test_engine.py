@@ -323,7 +323,6 @@ class TestFailures:
 
     def test_a_service_that_is_down_costs_no_request_its_attempts(self, job, monkeypatch):
         monkeypatch.setattr(limits, "backoff", lambda attempt: 0.001)
-        monkeypatch.setattr(limits, "backoff", lambda attempt: 0.001)
 
         class Down(FakeServing):
             reproducible = False
@@ -339,7 +338,6 @@ class TestFailures:
         assert (summary.done, summary.failed) == (6, 0)
 
     def test_a_service_that_stays_down_stops_the_run(self, job, monkeypatch):
-        monkeypatch.setattr(limits, "backoff", lambda attempt: 0.002)
         monkeypatch.setattr(limits, "backoff", lambda attempt: 0.002)
         monkeypatch.setattr(station, "PATIENCE", 0.05)
         serving = job.serving(concurrency=4, script={"prompt": "error"})

@@ -207,3 +207,10 @@ def test_a_storm_of_faults(site):
         assert bool(row["images"]) != ("images_error" in row)
     assert summary.failed == 0
     assert summary.usd == pytest.approx(site.api.ledger()["totals"]["usd_reported"])
+
+
+def test_a_refused_connection_is_no_timeout(site, caplog):
+    with FakeApi() as gone:
+        url = gone.url
+    site.draw("thing", serving=site.serving(api_url=url), max_attempts=1)
+    assert site.table()[0]["images_error"]["reason"] == "connection"

@@ -10,9 +10,11 @@ from typing import Protocol
 
 from dataflow.errors import (
     BadOutputError,
+    BadRequestError,
     FatalServingError,
     OutOfMemoryError,
     RateLimitError,
+    RefusedError,
     RetryError,
     RunStoppedError,
     ServingError,
@@ -29,6 +31,10 @@ from dataflow.runtime.worker import Item, Made
 from dataflow.types import GenerationRequest, Outcome, Serving, Status, new_job_name
 
 logger = logging.getLogger(__name__)
+
+
+_ANSWERS = (Made, RefusedError, BadRequestError, BadOutputError)
+"""What only a service that is up and willing can say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,8 @@ class Maker:
             elif isinstance(result, ServingError):
                 todo += await self._react(at, each, result)
             else:
-                at.limiter.succeeded()
+                if any(isinstance(item, _ANSWERS) for item in result):
+                    at.limiter.succeeded()
                 todo += await self._take(at, each, result)
 
     def _named(self, each: Try) -> Try:

@@ -56,7 +56,10 @@ def translated_errors(classified: Classify, clean: Callable[[str], str], timeout
     except openai.APIStatusError as error:
         body = error.body if isinstance(error.body, Mapping | str) else str(error.body or "")
         raise classified(error.status_code, error.response.headers, body) from None
-    except openai.APITimeoutError:
+    except openai.APITimeoutError as error:
+        # The transport's word for a refused connection, too.
+        if isinstance(error.__cause__, httpx2.ConnectTimeout):
+            raise RetryError(clean(f"no connection: {error.__cause__}"), reason="connection") from None
         raise RetryError(f"no answer within {timeout:g} s", reason="timeout") from None
     except openai.APIConnectionError as error:
         raise RetryError(clean(f"no connection: {error.__cause__ or error}"), reason="connection") from None

@@ -111,13 +111,18 @@ class Pipeline:
             options: how each step is run.
 
         Returns:
-            One sum per step.
+            One sum per step; a pilot ends with the first step that has rows left to make.
 
         Raises:
             DataflowError: see :meth:`check` and :func:`dataflow.runtime.engine.execute`. The steps before are kept.
         """
         self.check(storage)
-        return [execute(plan, storage.step(), options) for plan in self.plans()]
+        summaries = []
+        for plan in self.plans():
+            summaries.append(execute(plan, storage.step(), options))
+            if summaries[-1].output is None:
+                break  # a pilot: what comes after it has no table to read
+        return summaries
 
 
 def table_columns(storage: FileStorage) -> list[str]:

@@ -322,6 +322,31 @@ class Plan:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What the pending rows of a step will take, if they are like the settled ones.
+
+    Ranges are low, likely, high (95 %).
+
+    Attributes:
+        rows: pending rows.
+        settled: rows that it rests on.
+        usd: US dollars; None where nothing was counted or a price is unknown.
+        seconds: with all requests at once that the serving allows; None for batch jobs.
+        bytes: of images.
+        refused: share of the rows, 0 to 1.
+        failed: likewise.
+    """
+
+    rows: int
+    settled: int
+    usd: tuple[float, float, float] | None
+    seconds: float | None
+    bytes: float | None
+    refused: tuple[float, float, float]
+    failed: tuple[float, float, float]
+
+
 @dataclass(slots=True, kw_only=True)
 class Summary:
     """What became of a step's rows. ``rows == done + refused + failed + dropped + pending``, always.
@@ -343,6 +368,7 @@ class Summary:
         usd: US dollars spent on the step in all its runs, refused and repeated calls included.
         unpriced: calls of which nobody knows what they cost.
         output: path of the step's table, None when it was not written.
+        forecast: what the rest will take, after a pilot.
     """
 
     step: str = ""
@@ -361,6 +387,7 @@ class Summary:
     usd: float = 0.0
     unpriced: int = 0
     output: str | None = None
+    forecast: Forecast | None = None
 
     @property
     def balanced(self) -> bool:

@@ -29,6 +29,7 @@ from dataflow.errors import (
 from dataflow.io import ImageIO
 from dataflow.runtime import table
 from dataflow.runtime.budget import Budget
+from dataflow.runtime.forecast import describe_forecast, forecast, sample_rows
 from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Journal
 from dataflow.runtime.lock import cache_lock
@@ -59,6 +60,8 @@ class RunOptions:
         retry: reasons of failures of earlier runs to try again; None for every reason but refusals.
         budget_usd: US dollars the step may cost over all its runs, refused and repeated calls included. The run stops
             before a call could pass it; None for no limit.
+        pilot: settle only so many rows, drawn at random, and forecast what the others will take. No table is written,
+            unless that was all. What is made counts for the run that follows.
         progress: show a progress bar; None shows it in terminals and notebooks only.
         quiet: do not print the sum at the end.
     """
@@ -67,6 +70,7 @@ class RunOptions:
     max_attempts: int = 3
     retry: frozenset[str] | None = None
     budget_usd: float | None = None
+    pilot: int | None = None
     progress: bool | None = None
     quiet: bool = False
 
@@ -98,6 +102,8 @@ def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None)
             summary = _Run(plan, plan.serving, storage, options).execute()
     if not options.quiet:
         print(describe(summary), file=sys.stderr)
+        if summary.forecast is not None:
+            print(describe_forecast(summary.forecast), file=sys.stderr)
     return summary
 
 
@@ -118,7 +124,15 @@ class _Run:
             serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest
         )
         self.planner = Planner(
-            plan, storage, serving, self.identifier, self.index, self.journal, self.tally, options.retry
+            plan,
+            storage,
+            serving,
+            self.identifier,
+            self.index,
+            self.journal,
+            self.tally,
+            options.retry,
+            None if options.pilot is None else sample_rows(self._count_rows(), options.pilot, plan.seed),
         )
         self.maker = Maker(
             self, serving, self.planner, self.index, self.journal, self.tally, self.budget, options.max_attempts
@@ -142,6 +156,8 @@ class _Run:
                 self.serving.image_io.sweep()
             if self.stop_error is not None:
                 raise self._stopped()
+            if self.options.pilot is not None and self._count_rows() > self.tally.settled:
+                return self._piloted()
             summary = table.write(
                 self.plan, self.storage, self.planner, self.signature, time.monotonic() - self.started
             )
@@ -190,12 +206,19 @@ class _Run:
         with contextlib.suppress(RuntimeError):  # the loop may have ended just now
             self.loop.call_soon_threadsafe(function, *arguments)
 
+    def _count_rows(self) -> int:
+        rows = self.storage.count_rows()
+        return sum(1 for _ in self.storage.iter_rows()) if rows is None else rows
+
+    def _piloted(self) -> Summary:
+        summary = self.tally.summary(self.storage.step_name, self._count_rows(), time.monotonic() - self.started)
+        summary.forecast = forecast(self.journal.records(), summary, self.serving)
+        table.save_summary(self.plan, self.storage, summary)
+        return summary
+
     def _stopped(self) -> RunStoppedError:
         assert self.stop_error is not None
-        rows = self.storage.count_rows()
-        if rows is None:
-            rows = sum(1 for _ in self.storage.iter_rows())
-        rows = max(rows, self.tally.planned)
+        rows = max(self._count_rows(), self.tally.planned)
         summary = self.tally.summary(self.storage.step_name, rows, time.monotonic() - self.started)
         with contextlib.suppress(OSError):  # on a full disk the sum is shown, not kept
             table.save_summary(self.plan, self.storage, summary)

@@ -78,6 +78,7 @@ class Planner:
         journal: open for writing; adopted images and refused-before-work requests are recorded here.
         tally: counts rows.
         retry: reasons of earlier failures to try again; None for all but refusals.
+        only: numbers, from 0, of the rows to make; None for all.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Planner:
         journal: Journal,
         tally: Tally,
         retry: frozenset[str] | None,
+        only: frozenset[int] | None = None,
     ) -> None:
         self.plan, self.storage, self.serving, self.identifier = plan, storage, serving, identifier
         self.index, self.journal, self.tally, self.retry = index, journal, tally, retry
@@ -97,6 +99,7 @@ class Planner:
         self.stopping = False
         self.exhausted = False
         self._rows = checked_rows(plan, storage)
+        self._only = only
         self._window = max(256, 16 * serving.batch_size)
         self._buckets: dict[Hashable, deque[GenerationRequest]] = {}
         self._waiting_in_buckets = 0
@@ -225,6 +228,9 @@ class Planner:
                 status, reason = ending_status, ending.reason
             elif ending is None:
                 tally.add_images(*index.sums(identity.key))
+        if pending and self._only is not None and tally.planned not in self._only:
+            tally.skip()
+            return
         tally.add_row([bytes.fromhex(request.request_id) for request in pending], status, reason)
         waiting = {request.request_id for request in pending}
         for draft, request in drafts_of:

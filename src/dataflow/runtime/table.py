@@ -7,13 +7,14 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dataflow.errors import InputError, StepError
 from dataflow.runtime.planner import Planner, checked_rows
 from dataflow.runtime.tally import Tally, worst
-from dataflow.types import BadRow, Drop, Outcome, Plan, Row, Summary
+from dataflow.types import BadRow, Drop, Forecast, Outcome, Plan, Row, Summary
 from dataflow.utils.storage import FileStorage, TableWriter
 from dataflow.utils.tables import MARK
 
@@ -89,8 +90,12 @@ def save_summary(plan: Plan, storage: FileStorage, summary: Summary, **facts: ob
     }
     temporary = folder / "summary.json.tmp"
     # Not orjson: a folder's name may be no UTF-8.
-    temporary.write_text(json.dumps(body, indent=2, default=str))
+    temporary.write_text(json.dumps(body, indent=2, default=_plain))
     temporary.replace(folder / "summary.json")
+
+
+def _plain(value: object) -> object:
+    return asdict(value) if isinstance(value, Forecast) else str(value)
 
 
 def load_summary(folder: Path) -> dict[str, Any] | None:

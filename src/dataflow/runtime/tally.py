@@ -75,6 +75,11 @@ class Tally:
             self.images += images
             self.bytes += size
 
+    def skip(self) -> None:
+        """A row was planned that this run leaves pending."""
+        with self._lock:
+            self.planned += 1
+
     def settle(self, key: bytes, status: Status, reason: str = "") -> None:
         """A request ended."""
         with self._lock:

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import NoReturn
 
 from dataflow import __version__
-from dataflow.commands.options import DEFAULT_FOLDER, add_job_options
+from dataflow.commands.options import DEFAULT_FOLDER, add_job_options, add_pilot
 from dataflow.errors import CacheBusyError, DataflowError, RunStoppedError, ServingError, StepError
 
 NOT_ALL_DONE, USAGE, STOPPED, BUSY, INTERRUPTED = 1, 2, 3, 4, 130
@@ -229,6 +229,7 @@ def _add_making(add) -> None:
         'dataflow generate "a red circle to the left of a blue square"\n'
         "dataflow generate prompts.jsonl -o my_images --model black-forest-labs/FLUX.1-dev --size 1024x768\n"
         "dataflow generate prompts.txt -o drafts --steps 8 --images-per-prompt 4 --seed 7\n"
+        "dataflow generate prompts.jsonl -o ads --api gemini --model gemini-2.5-flash-image --budget 25 --pilot 20\n"
         "dataflow generate captions.parquet --column caption --cache-type parquet --fake",
         usage="dataflow generate PROMPTS [-o OUT] [--model NAME] [options]",
     )
@@ -255,7 +256,9 @@ def _add_making(add) -> None:
         help="table (.jsonl, .json, .csv, .parquet) with instructions and images, or with --image the instruction",
     )
     command.add_argument("--image", action="append", metavar="FILE", help="image to edit; may be repeated")
+    command.add_argument("--mask", metavar="FILE", help="with --image: where the first image may be changed")
     command.add_argument("--image-column", metavar="NAME", help="column with the input images (default images)")
+    command.add_argument("--mask-column", metavar="NAME", help="column with masks, for models that take one")
     command.add_argument("--output-column", metavar="NAME", help="column that gets the images (default edited_images)")
     add_job_options(command)
     command = add(
@@ -265,6 +268,7 @@ def _add_making(add) -> None:
         "dataflow run pipeline.toml\ndataflow run my_images/job.toml",
     )
     command.add_argument("pipeline", metavar="pipeline.toml")
+    add_pilot(command)
 
 
 def _add_looking(add) -> None:

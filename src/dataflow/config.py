@@ -10,7 +10,7 @@
     format = "png"                         # save_path is cache_path/images where nothing is said
 
     [serving.flux]                         # as many as there are models, each under a name of its own
-    type = "local"                         # "local", "fake" or "package.module:Class"
+    type = "local"                         # or "chat", "openai_images", "gemini", "fake", "package.module:Class"
     hf_model_name_or_path = "black-forest-labs/FLUX.1-dev"
     batch_size = 4                         # all other keys are arguments of the class
 
@@ -53,6 +53,9 @@ from dataflow.utils.storage import FileStorage
 
 SERVINGS = {
     "local": "dataflow.serving.local_image_gen_serving:LocalImageGenServing",
+    "chat": "dataflow.serving.api_vlm_serving_openai:APIVLMServing_openai",
+    "openai_images": "dataflow.serving.openai_image_serving:OpenAIImageServing",
+    "gemini": "dataflow.serving.gemini_image_serving:GeminiImageServing",
     "fake": "dataflow.serving.fake_serving:FakeServing",
 }
 OPERATORS = {
@@ -65,7 +68,10 @@ OPERATORS = {
 _TASKS = {"Text2ImageGenerator": "text2image", "PromptedImageEditGenerator": "imageedit"}
 """What a local model must have been told to do, for the operators that need one or the other."""
 
-_PATHS = frozenset({"first_entry_file_name", "cache_path", "save_path", "hf_cache_dir", "hf_local_dir", "log"})
+_PATHS = frozenset({"first_entry_file_name", "cache_path", "save_path", "hf_cache_dir", "hf_local_dir", "log"}) | {
+    "price_table",
+    "model_table",
+}
 _NAMES_OR_PATHS = frozenset({"hf_model_name_or_path", "lora"})
 _TABLES = ("storage", "images", "serving", "step", "run")
 
@@ -340,6 +346,8 @@ def _in_range(place: _Place, run: Mapping[str, Any]) -> None:
         place.fail(f"max_failed_fraction: must be from 0 to 1, found {run['max_failed_fraction']}")
     if run.get("max_attempts", 1) < 1:
         place.fail(f"max_attempts: must be a whole number from 1, found {run['max_attempts']}")
+    if (run.get("pilot") or 1) < 1:
+        place.fail(f"pilot: must be a whole number from 1, found {run['pilot']}")
     budget = run.get("budget_usd")
     if budget is not None and not budget > 0:
         place.fail(f"budget_usd: must be more than 0 US dollars, found {budget}")

@@ -75,6 +75,7 @@ class Pipeline:
             if plan.serving is not None:
                 plan.serving.fingerprint()
                 plan.serving.default_params()
+                plan.serving.preflight()
 
     def check_tables(self, storage: FileStorage) -> None:
         """Every column a step needs must be in the user's table or be written by a step before it.

@@ -288,6 +288,9 @@ class Serving(Protocol):
         """Copies to run side by side, each in a process of its own (one per GPU); a single or remote one runs here."""
         return [self]
 
+    def preflight(self) -> None:
+        """Warn of what would stop :meth:`setup`. Called before the first step of a pipeline runs; loads nothing."""
+
     def setup(self) -> None:
         """Load weights or open connections. Called once per worker, and only if there is work."""
 

@@ -52,6 +52,8 @@ def launch(
         retry: reasons of earlier failures to try again; None for the configuration's own choice.
     """
     changes: dict[str, object] = {"retry": frozenset(retry)} if retry else {}
+    if getattr(args, "pilot", None):
+        changes["pilot"] = args.pilot
     if args.quiet:
         changes |= {"quiet": True, "progress": False}
     job = configuration.build(config, configuration.run_options(config, **changes))

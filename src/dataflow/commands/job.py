@@ -44,7 +44,7 @@ def edit(args: argparse.Namespace) -> int:
     """Instruction edits."""
     out = Path(args.output)
     if args.image:
-        table, inputs = _one_edit(args.edits, args.image, out)
+        table, inputs = _one_edit(args.edits, args.image, args.mask, out)
     elif _is_table(args.edits):
         table, inputs = Path(args.edits), {}
     else:
@@ -56,6 +56,10 @@ def edit(args: argparse.Namespace) -> int:
     step["input_image_key"] = _column(table, inputs, args.image_column, IMAGE_COLUMNS, "--image-column")
     step["input_conversation_key"] = _column(table, inputs, args.column, INSTRUCTION_COLUMNS, "--column")
     step["output_image_key"] = args.output_column or "edited_images"
+    if args.mask or args.mask_column:
+        if args.mask and not args.image:
+            raise InputError("--mask goes with --image; a table names its masks in a column: --mask-column")
+        step["input_mask_key"] = args.mask_column or "mask"
     return _launch(args, table, inputs, step, "imageedit")
 
 
@@ -132,7 +136,10 @@ def _finish(
 ) -> int:
     """Run and say on standard output where the result is."""
     summaries = launch(config, args, inputs, retry)
-    print(summaries[-1].output)
+    if summaries[-1].output is not None:
+        print(summaries[-1].output)
+    else:
+        print("a pilot: the same command without --pilot makes the rest", file=sys.stderr)
     return exit_code(summaries, config.folder, args)
 
 
@@ -158,10 +165,10 @@ def _prompts(source: str, out: Path) -> tuple[Path, dict[Path, bytes]]:
     return _written(out, name, rows)
 
 
-def _one_edit(instruction: str, images: Sequence[str], out: Path) -> tuple[Path, dict[Path, bytes]]:
+def _one_edit(instruction: str, images: Sequence[str], mask: str | None, out: Path) -> tuple[Path, dict[Path, bytes]]:
     if _is_table(instruction):
         raise InputError(f"--image goes with an instruction; {instruction} is a table and names its own images")
-    for image in images:
+    for image in [*images, *([mask] if mask else [])]:
         if not Path(image).is_file():
             raise InputError("no such image file", path=image)
     row = {
@@ -169,6 +176,8 @@ def _one_edit(instruction: str, images: Sequence[str], out: Path) -> tuple[Path,
         "images": [str(Path(image).absolute()) for image in images],
         "edited_images": [""],
     }
+    if mask:
+        row["mask"] = str(Path(mask).absolute())
     return _written(out, "edit-" + hashlib.sha256(_line(row)).hexdigest()[:8], [row])
 
 

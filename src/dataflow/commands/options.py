@@ -1,6 +1,7 @@
 """The options that ``generate`` and ``edit`` share, and the pipeline file's tables they stand for.
 
-An option whose ``dest`` is ``serving.NAME`` is the argument NAME of the local serving's constructor.
+An option whose ``dest`` is ``serving.NAME`` is the argument NAME of the local serving's constructor, ``api.NAME`` one of
+an API serving's.
 """
 
 from __future__ import annotations
@@ -11,10 +12,21 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from dataflow.errors import ConfigError
+
 DEFAULT_FOLDER = "dataflow_output"
 CACHE_TYPES = ("jsonl", "json", "csv", "parquet")
 DEFAULT_BATCH = 4
-_SERVING = "serving."
+APIS = ("chat", "openai_images", "gemini")
+_SERVING, _API = "serving.", "api."
+_FLAGS: dict[str, str] = {}
+"""Destination → the option as it is typed."""
+_BOTH = {
+    "serving.hf_model_name_or_path": "model_name",
+    "serving.diffuser_num_images_per_prompt": "images_per_prompt",
+    "serving.batch_size": "batch_size",
+}
+"""Options of local models that an API has as well, under a name of its own."""
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +35,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     _image_options(parser)
     _model_options(parser)
     _speed_options(parser)
+    _api_options(parser)
     group = parser.add_argument_group("run")
     group.add_argument(
         "--fake",
@@ -42,10 +55,30 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         metavar="USD",
         help="stop before the calls of a paid service cost more than this, over all runs (default: no limit)",
     )
+    add_pilot(group)
+
+
+def add_pilot(group: argparse._ActionsContainer) -> None:
+    """``--pilot``."""
+    group.add_argument(
+        "--pilot",
+        type=_from_one,
+        metavar="N",
+        help="make only N rows, drawn at random, and forecast money, time, disk and refusals of the others",
+    )
 
 
 def serving_table(args: argparse.Namespace, task: str) -> dict[str, Any]:
-    """The ``[serving.NAME]`` that the options describe."""
+    """The ``[serving.NAME]`` that the options describe.
+
+    Raises:
+        ConfigError: options of a local model and of an API together.
+    """
+    if args.api:
+        return _api_table(args)
+    for dest, value in vars(args).items():
+        if dest.startswith(_API) and value is not None:
+            raise ConfigError(f"{_FLAGS[dest]} belongs to image APIs: add --api {'|'.join(APIS)}, or leave it out")
     given = {
         name.removeprefix(_SERVING): value
         for name, value in vars(args).items()
@@ -55,6 +88,7 @@ def serving_table(args: argparse.Namespace, task: str) -> dict[str, Any]:
         given["diffuser_image_width"], given["diffuser_image_height"] = args.size
     if args.pipeline_arg:
         given["pipeline_kwargs"] = dict(args.pipeline_arg)
+    given.setdefault("batch_size", DEFAULT_BATCH)
     if not args.fake:
         return {"type": "local", **({"Image_gen_task": task} if task != "text2image" else {}), **given}
     params = dict(given.get("pipeline_kwargs", {}))
@@ -73,6 +107,31 @@ def serving_table(args: argparse.Namespace, task: str) -> dict[str, Any]:
     if params:
         fake["params"] = params
     return fake
+
+
+def _api_table(args: argparse.Namespace) -> dict[str, Any]:
+    table: dict[str, Any] = {"type": args.api}
+    for dest, value in vars(args).items():
+        if value is None:
+            continue
+        if dest.startswith(_API):
+            name = dest.removeprefix(_API)
+            # One is written as one, not as a list of one.
+            table[name] = value[0] if isinstance(value, list) and len(value) == 1 else value
+        elif dest in _BOTH:
+            table[_BOTH[dest]] = value
+        elif dest.startswith(_SERVING):
+            raise ConfigError(f"{_FLAGS[dest]} belongs to local models: leave it out, or say it with --request-param")
+    if args.pipeline_arg or args.fake:
+        flag = "--fake" if args.fake else "--pipeline-arg"
+        raise ConfigError(f"{flag} does not go with --api")
+    if args.request_param:
+        table["request_params"] = dict(args.request_param)
+    if args.size:
+        if args.api != "openai_images":
+            raise ConfigError(f"--size goes with --api openai_images, not with {args.api}: see --aspect-ratio")
+        table["size"] = list(args.size)
+    return table
 
 
 def _table_options(parser: argparse.ArgumentParser) -> None:
@@ -141,9 +200,8 @@ def _speed_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--batch-size",
         type=_from_one,
-        default=DEFAULT_BATCH,
         metavar="N",
-        help="most images per call (default %(default)s)",
+        help=f"most images per call (default {DEFAULT_BATCH}); with --batch-jobs, requests per job",
     )
     add(
         "--device",
@@ -166,9 +224,47 @@ def _speed_options(parser: argparse.ArgumentParser) -> None:
     add("--channels-last", action="store_const", const=True, help="memory format of the convolutions")
 
 
-def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:
+def _api_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("image API")
+    group.add_argument(
+        "--api",
+        choices=APIS,
+        help="ask a service instead of a local model: chat completions (nano banana and many more), OpenAI's Images API"
+        " (also vLLM-Omni, SGLang), or Gemini's own API; --model is the model's name there",
+    )
+    add = _adder(group, _API)
+    add("--api-url", "api_url", action="append", metavar="URL", help="base URL; repeated: several, for failover")
+    add(
+        "--api-key-name",
+        "key_name_of_api_key",
+        action="append",
+        metavar="VAR",
+        help="environment variable with the key (default DF_API_KEY); may be repeated",
+    )
+    add("--max-workers", type=_from_one, metavar="N", help="requests in flight at once (default 10)")
+    add("--timeout", type=float, metavar="S", help="seconds one request may take (default 300)")
+    add("--stream", "send_request_stream", action="store_const", const=True, help="have answers streamed")
+    add("--requests-per-minute", type=float, metavar="N", help="most that may start in a minute, at each endpoint")
+    add("--images-per-minute", type=float, metavar="N", help="most images in a minute, at each endpoint")
+    add("--aspect-ratio", metavar="W:H", help="such as 16:9 (gemini)")
+    add("--image-size", metavar="SIZE", help="1K, 2K or 4K (gemini)")
+    add("--dialect", choices=("openai", "vllm-omni", "sglang"), help="who answers the Images API (openai_images)")
+    group.add_argument(
+        "--request-param",
+        type=_name_value,
+        action="append",
+        metavar="NAME=VALUE",
+        help="a further field of the request, such as quality=high; may be repeated",
+    )
+    add("--prices", "price_table", metavar="FILE", help="a price table (TOML) laid over the package's own")
+    add("--batch-jobs", action="store_const", const=True, help="the service's batch API: half price, within a day")
+
+
+def _adder(group: argparse._ArgumentGroup, prefix: str = _SERVING) -> Callable[..., None]:
     def add(flag: str, argument: str | None = None, **options: Any) -> None:
-        group.add_argument(flag, dest=_SERVING + (argument or flag[2:].replace("-", "_")), **options)
+        dest = prefix + (argument or flag[2:].replace("-", "_"))
+        _FLAGS[dest] = flag
+        group.add_argument(flag, dest=dest, **options)
 
     return add
 

@@ -194,6 +194,12 @@ class ApiServing(Serving):
 
     # Work ----------------------------------------------------------------------------------------------------------
 
+    def preflight(self) -> None:
+        """Warn of an environment without the key: the step before may take hours."""
+        for url, name in self.endpoints:
+            if not os.environ.get(name, "").strip():
+                log.warning("the environment variable %s holds no key for %s: set it before work begins", name, url)
+
     def setup(self) -> None:
         """Find the key. The connections are opened by the first request.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dataflow import cli
-from dataflow.serving.fake_api import FakeApi, expected_mark, read_mark
+from dataflow.serving.fake_api import PRICES, FakeApi, expected_mark, read_mark
 
 pytest.importorskip("openai")
 
@@ -52,7 +53,9 @@ def rows(folder):
 
 
 def named(api, kind):
-    return ["--api", kind, "--api-url", api.url + URLS[kind], "--model", MODELS[kind]]
+    rates = "".join(f"{name} = {rate}\n" for name, rate in PRICES.items())
+    Path("prices.toml").write_text(f'["{MODELS[kind]}"]\nimage = 0.039\n{rates}')
+    return ["--api", kind, "--api-url", api.url + URLS[kind], "--model", MODELS[kind], "--prices", "prices.toml"]
 
 
 def prompts(folder, number):

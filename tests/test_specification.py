@@ -1,4 +1,4 @@
-"""The specification's own snippets, sections 1 and 2, as scripts in which only paths and model names are changed."""
+"""The specification's own snippets, sections 1 to 3, as scripts: only paths, model names and keys are changed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from dataflow.serving.fake_api import FakeApi, expected_mark, read_mark
 
 TEXT_TO_IMAGE = """
 import os
@@ -85,10 +87,67 @@ Job().forward()
 """
 
 
-def run_script(code: str, folder: Path) -> list[dict]:
+API = """
+import argparse
+import os
+from dataflow.utils.storage import FileStorage
+from dataflow.io import ImageIO
+from dataflow.operators import Text2ImageGenerator
+from dataflow.operators.core_vision import PromptedImageEditGenerator
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--api_key")
+parser.add_argument("--api_url")
+parser.add_argument("--edit", action="store_true")
+args = parser.parse_args()
+api_url = args.api_url
+
+os.environ["DF_API_KEY"] = args.api_key
+from dataflow.serving.api_vlm_serving_openai import APIVLMServing_openai
+
+class Job:
+    def __init__(self):
+        self.storage = FileStorage(
+            first_entry_file_name="edits.jsonl" if args.edit else "prompts.jsonl",
+            cache_path="./cache_local",
+            file_name_prefix="dataflow_cache_step",
+            cache_type="jsonl",
+        )
+        self.serving = APIVLMServing_openai(
+            api_url=api_url,
+            model_name="gemini-2.5-flash-image-preview",
+            image_io=ImageIO(save_path=os.path.join(self.storage.cache_path, "images")),
+            send_request_stream=STREAM,
+        )
+
+    def forward(self):
+        if args.edit:
+            PromptedImageEditGenerator(pipe=self.serving).run(
+                storage=self.storage.step(),
+                input_image_key="images",
+                input_conversation_key="conversations",
+                output_image_key="edited_images",
+            )
+        else:
+            Text2ImageGenerator(pipe=self.serving).run(
+                storage=self.storage.step(),
+                input_conversation_key="conversations",
+                output_image_key="images",
+            )
+
+Job().forward()
+"""
+
+
+def run_script(code: str, folder: Path, *arguments: str) -> list[dict]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     table = folder / "cache_local" / "dataflow_cache_step_step1.jsonl"
@@ -140,3 +199,33 @@ def test_image_editing_as_specified(tmp_path: Path) -> None:
     for path in files:
         with Image.open(tmp_path / path) as picture:
             picture.load()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_generating_and_editing_through_an_api_as_specified(tmp_path: Path, stream: bool) -> None:
+    (tmp_path / "pictures").mkdir()
+    instructions = ["Change the woman's clothes to a white dress.", "Change the vase to red."]
+    contents = []
+    for number, colour in enumerate(("red", "blue"), 1):
+        path = tmp_path / "pictures" / f"image{number}.png"
+        Image.new("RGB", (64, 64), colour).save(path)
+        contents.append(path.read_bytes())
+    said = [[{"content": text, "role": "user"}] for text in instructions]
+    write_table(tmp_path / "prompts.jsonl", [{"conversations": talk, "images": [""]} for talk in said])
+    write_table(
+        tmp_path / "edits.jsonl",
+        [
+            {"conversations": talk, "images": [f"./pictures/image{number}.png"], "edited_images": [""]}
+            for number, talk in enumerate(said, 1)
+        ],
+    )
+    code = API.replace("STREAM", str(stream))
+    with FakeApi(key="the-users-own-key") as api:
+        arguments = ["--api_key", "the-users-own-key", "--api_url", f"{api.url}/v1"]
+        drawn = run_script(code, tmp_path, *arguments)
+        edited = run_script(code, tmp_path, *arguments, "--edit")
+        assert api.ledger()["totals"]["attempts"] == 4
+        assert all(request["body"]["stream"] is stream for request in api.requests("chat/completions"))
+    for text, content, row, edit in zip(instructions, contents, drawn, edited, strict=True):
+        assert read_mark(Image.open(tmp_path / row["images"][0])) == expected_mark(text)
+        assert read_mark(Image.open(tmp_path / edit["edited_images"][0])) == expected_mark(text, [content])

@@ -92,6 +92,7 @@ def answer(call: Call) -> Reply:
         name = "image_edit" if asked.edit else "image_generation"
         created = {"created_at": 1_790_000_000, **facts}
         reply.frames = []
+        reply.tells = bool(pictures)
         for index in range(asked.partials if pictures else 0):
             partial = call.picture(partial=f"partial {index} of ")
             data = {"type": f"{name}.partial_image", "b64_json": partial.base64, "partial_image_index": index}

@@ -156,3 +156,25 @@ def test_what_does_not_go_together_is_told_before_anything_is_paid(dataflow, tmp
     code, _, err = dataflow("generate", prompts(tmp_path, 1), "-o", "out", *words)
     assert code in (1, 2)
     assert message in err
+
+
+def test_the_price_of_a_row_that_is_kept_counts_every_step(api, dataflow, tmp_path):
+    prompts(tmp_path, 4)
+    (tmp_path / "keep.py").write_text(
+        "from dataflow.types import Drop, Plan\n"
+        "class Keep:\n"
+        "    def plan(self):\n"
+        "        fold = lambda row, _: Drop('odd') if row['prompt'][-1] in '13' else row\n"
+        "        return Plan(name='Keep', inputs=('prompt',), outputs=(), requests=lambda row: (), fold=fold)\n"
+    )
+    (tmp_path / "pipeline.toml").write_text(
+        '[storage]\nfirst_entry_file_name = "prompts.jsonl"\ncache_path = "out"\n'
+        f'[serving.nano]\ntype = "chat"\napi_url = "{api.url}/v1"\nmodel_name = "gemini-2.5-flash-image"\n'
+        '[[step]]\noperator = "Text2ImageGenerator"\ninput_conversation_key = "prompt"\n'
+        '[[step]]\noperator = "keep:Keep"\n'
+    )
+    assert dataflow("run", "pipeline.toml")[0] == 0
+    usd = api.ledger()["totals"]["usd_reported"]
+    _, out, _ = dataflow("status", "out")
+    assert f"all steps: ${usd:,.4f} spent, ${usd / 2:.4f} for each of the 2 rows kept in the end" in out
+    assert json.loads(dataflow("status", "out", "--json")[1])["usd_per_kept_row"] == pytest.approx(usd / 2)

@@ -35,12 +35,17 @@ def status(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     steps = list(_steps_of_job(folder) if (folder / JOB_FILE).is_file() else _steps_of_journals(folder))
     writer = _writer(folder)
+    usd, kept = sum(step["usd"] or 0.0 for step in steps), steps[-1]["done"]
     if args.json:
-        print(json.dumps({"folder": str(folder), "running": writer, "steps": steps}, indent=2, ensure_ascii=False))
+        sums = {"usd": usd, "usd_per_kept_row": usd / kept if kept else None}
+        facts = {"folder": str(folder), "running": writer, "steps": steps, **sums}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
         return 0
     print(f"{shown(folder)}: {_running(writer)}")
     for step in steps:
         print(_described(step))
+    if usd and kept and len(steps) > 1:
+        print(f"all steps: ${usd:,.4f} spent, ${usd / kept:.4f} for each of the {kept} rows kept in the end")
     return 0
 
 

@@ -212,3 +212,9 @@ def test_rows_that_are_gone_are_not_waited_for_and_new_ones_are_sent(api, table)
     assert len(created(api)) == 4
     for prompt, row in zip(kept, rows(table), strict=True):
         assert read_mark(Image.open(row["images"][0])) == expected_mark(prompt)
+
+
+def test_a_person_sees_that_jobs_are_waited_for(api, table, capsys):
+    api.script({"batch": {"seconds": 1.5}})
+    draw(api, table, progress=True)
+    assert "12 in batch jobs" in capsys.readouterr().err

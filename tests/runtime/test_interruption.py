@@ -139,7 +139,7 @@ class TestCtrlC:
         wait_until(lambda: "press it again" in stderr(job), "the first Ctrl-C was heard")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
-        assert process.returncode == 130
+        assert process.returncode == 130, stderr(job)
         wait_until(lambda: not any(map(alive, children)), "the workers ended")
 
 

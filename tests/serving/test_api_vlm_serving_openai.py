@@ -214,3 +214,8 @@ def test_a_refused_connection_is_no_timeout(site, caplog):
         url = gone.url
     site.draw("thing", serving=site.serving(api_url=url), max_attempts=1)
     assert site.table()[0]["images_error"]["reason"] == "connection"
+
+
+def test_batch_jobs_go_with_one_endpoint(site):
+    with pytest.raises(ConfigError, match="one endpoint"):
+        site.serving(key_name_of_api_key=["ONE", "OTHER"], batch_jobs=True)

@@ -1,7 +1,7 @@
 """The options that ``generate`` and ``edit`` share, and the pipeline file's tables they stand for.
 
-An option whose ``dest`` is ``serving.NAME`` is the argument NAME of the local serving's constructor, ``api.NAME`` one of
-an API serving's.
+An option whose ``dest`` is ``serving.NAME`` is the argument NAME of the local serving's constructor;
+``api.NAME`` is one of an API's.
 """
 
 from __future__ import annotations

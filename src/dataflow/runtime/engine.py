@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 LEAST_FAILURES = 100
 """Fewer failed rows than this never stop a run."""
+TICK_SECONDS = 1.0
 GIVE_UP_SECONDS = 2.0
 """How long a second Ctrl-C waits for the serving to be cleaned up."""
 
@@ -187,9 +188,9 @@ class _Run:
             _wait(ended)
         except KeyboardInterrupt:
             error = RunInterruptedError("interrupted: run the same command again to go on")
-            self._tell(self.stop, error)
-            print("\nCtrl-C: finishing the batches in flight; press it again to give them up.", file=sys.stderr)
             try:
+                self._tell(self.stop, error)
+                print("\nCtrl-C: finishing the batches in flight; press it again to give them up.", file=sys.stderr)
                 _wait(ended)
             except KeyboardInterrupt:
                 # A serving may hold up the loop, which then has not even heard of the first one.
@@ -249,6 +250,7 @@ class _Run:
                 stop.__cause__ = error
                 self.stop(stop)
                 return
+            ticker = asyncio.create_task(self._tick())
             # One lane more than may generate: its batch is planned, encoded and written while the others generate.
             lanes = [
                 asyncio.create_task(self._lane(station))
@@ -256,6 +258,7 @@ class _Run:
                 for _ in range(station.worker.concurrency + 1)
             ]
             await asyncio.wait(lanes, return_when=asyncio.FIRST_EXCEPTION)
+            ticker.cancel()
             self.planner.stopping = self.planner.stopping or any(lane.done() and lane.exception() for lane in lanes)
             self._progressed.set()
             for result in await asyncio.gather(*lanes, return_exceptions=True):
@@ -267,6 +270,12 @@ class _Run:
                 with contextlib.suppress(OSError):  # on a full disk they count as started once
                     self.journal.append({"s": "forget", "ks": sorted(self.maker.unfinished)})
             await self.stations.stop()
+
+    async def _tick(self) -> None:
+        """Show how things stand also while nothing ends."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self.progress.update()
 
     async def _lane(self, station: Station) -> None:
         while station.closed is None and (batch := await self._pull()) is not None:

@@ -159,12 +159,14 @@ class Maker:
         """The ticket of the made batch; None if the run stops while a batch job, which needs nobody, is waited for."""
         if not self.serving.detached:
             return await at.worker.generate(requests)
+        self.tally.in_jobs += len(requests)
         making = asyncio.create_task(at.worker.generate(requests))
         halted = asyncio.create_task(self.run.halted.wait())
         try:
             await asyncio.wait((making, halted), return_when=asyncio.FIRST_COMPLETED)
             return making.result() if making.done() else None
         finally:
+            self.tally.in_jobs -= len(requests)
             making.cancel()
             halted.cancel()
             await asyncio.gather(making, halted, return_exceptions=True)

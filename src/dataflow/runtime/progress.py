@@ -121,6 +121,8 @@ def _postfix(tally: Tally, elapsed: float, settled: int, made: int, total: int |
             parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
     if tally.usd:
         parts.append(f"${tally.usd:,.2f}" + (f" (${tally.usd / tally.images:.4f} per image)" if tally.images else ""))
+    if tally.in_jobs:
+        parts.append(f"{tally.in_jobs} in batch jobs")
     parts += [f"{tally.counts[status]} {status}" for status in ("refused", "failed") if tally.counts[status]]
     return ", ".join(parts)
 

@@ -36,6 +36,7 @@ class Tally:
         adopted: images found whole on disk without a record.
         usd: US dollars spent in all runs.
         unpriced: calls of which nobody knows what they cost.
+        in_jobs: requests that wait in batch jobs.
     """
 
     planned: int = 0
@@ -47,6 +48,7 @@ class Tally:
     adopted: int = 0
     usd: float = 0.0
     unpriced: int = 0
+    in_jobs: int = 0
     _open: dict[int, _OpenRow] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _row_of: dict[bytes, int] = field(default_factory=dict)

@@ -23,10 +23,14 @@ DataflowError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, ClassVar
+
+_UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""What drives a terminal or turns the order of letters around; words of services and names of files may hold it."""
 
 
 class DataflowError(Exception):
@@ -78,7 +82,8 @@ class InputError(DataflowError):
             where.append(f"row {self.row}")
         if self.field is not None:
             where.append(f"column {self.field!r}")
-        return f"{', '.join(where)}: {self.message}" if where else self.message
+        text = f"{', '.join(where)}: {self.message}" if where else self.message
+        return _UNSHOWN.sub("\ufffd", text).replace("\n", " ")
 
     def __reduce__(self):
         return _rebuild_input_error, (type(self), self.message, self.path, self.row, self.field, self.__dict__)
@@ -126,7 +131,7 @@ class ServingError(DataflowError):
     usage: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, message: str = "", *, reason: str | None = None, usage: Mapping[str, Any] | None = None) -> None:
-        super().__init__(message or self.reason)
+        super().__init__(_UNSHOWN.sub("\ufffd", str(message)) or self.reason)
         if reason is not None:
             self.reason = reason
         if usage:

@@ -16,7 +16,7 @@ from dataflow.operators import PromptedImageEditGenerator, Text2ImageGenerator
 from dataflow.runtime import limits
 from dataflow.runtime.engine import RunOptions
 from dataflow.serving import batch_jobs
-from dataflow.serving.fake_api import PRICES, STORM_FAULTS, FakeApi, expected_mark, read_mark
+from dataflow.serving.fake_api import PRICES, FakeApi, expected_mark, read_mark
 from dataflow.types import GenerationRequest
 from dataflow.utils.storage import FileStorage
 

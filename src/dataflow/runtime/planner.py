@@ -301,18 +301,26 @@ class Planner:
         key = bytes.fromhex(request.request_id)
         if draft.after is not None:
             parent = row[draft.after][1]
-            parent_key = bytes.fromhex(parent.request_id)
-            if not self.index.is_done(parent_key):
+            if not self.index.is_done(bytes.fromhex(parent.request_id)):
                 with self._lock:
                     self._children.setdefault(parent.request_id, []).append(request)
                 return
-            request = _next_turn(request, parent, self.outcome(parent_key).images[0])
+            request = self._continued(draft, request, row)
         if job := self.index.jobs.get(key):
             request = replace(request, job=job)
         if self.index.starts.get(key, 0) >= SUSPECT_STARTS:
             self._suspects.append(replace(request, alone=True))
         else:
             self._enqueue(request)
+
+    def _continued(
+        self, draft: Draft, request: GenerationRequest, row: list[tuple[Draft, GenerationRequest]]
+    ) -> GenerationRequest:
+        """The request with all the turns before it, which are done."""
+        if draft.after is None:
+            return request
+        parent = self._continued(*row[draft.after], row)
+        return _next_turn(request, parent, self.outcome(bytes.fromhex(parent.request_id)).images[0])
 
     # -- batches ---------------------------------------------------------------------------------------------------
 

@@ -153,9 +153,12 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def quoted(text: str, secrets: Iterable[str] = (), limit: int = MESSAGE_LIMIT) -> str:
-    """Foreign text, fit for a message: one line without keys or control characters, at most ``limit`` characters."""
+    """Foreign text, fit for a message: one line without keys or control characters, at most ``limit`` characters.
+
+    Marks that turn the order of letters around, so that a text reads as another, are left out as well.
+    """
     text = text[:_READ_LIMIT].encode(errors="replace").decode()
-    text = re.sub(r"[\x00-\x20\x7f-\xa0\u2028\u2029]+", " ", redact(text, secrets)).strip()
+    text = re.sub(r"[\x00-\x20\x7f-\xa0\u2028-\u202e\u2066-\u2069]+", " ", redact(text, secrets)).strip()
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -145,7 +145,11 @@ class _Office:
         return _json(_openai(self._start(job)))
 
     async def gemini_create(self, request: web.Request) -> web.StreamResponse:
-        batch = json_object(await request.read()).get("batch") or {}
+        data = await request.read()
+        body = json_object(data)
+        facts = {"method": request.method, "path": request.path, "query": {}, "headers": {}}
+        self.world.record({**facts, "body": body, "key": "x-goog-api-key" in request.headers}, len(data))
+        batch = body.get("batch") or {}
         source = batch.get("inputConfig") or {}
         name = str(source.get("fileName") or "").removeprefix("files/")
         if name:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dataflow.serving.fake_api.call import Asked, Call, Picture, RejectedError, Reply, Site, decode, event, pieces
 from dataflow.serving.fake_api.ledger import Tokens, count
+from dataflow.serving.fake_api.pictures import Mark, expected_mark, read_mark
 
 RATIOS = {
     *("1:1", "2:3", "3:2", "3:4", "4:3", "4:5", "5:4", "9:16", "16:9", "21:9"),
@@ -110,9 +111,12 @@ def answer(call: Call) -> Reply:
     return _packed(call, tokens, chunks, len(pictures))
 
 
-def signature(data: bytes) -> str:
-    """The thought signature of a picture this service made: what a later turn has to send back with it."""
-    return base64.b64encode(hashlib.sha256(b"signature" + data).digest()).decode()
+def signature(mark: Mark) -> str:
+    """The thought signature of a picture this service made: what a later turn has to send back with it.
+
+    It goes by what the picture shows: one that a client has encoded anew is still the same.
+    """
+    return base64.b64encode(hashlib.sha256(f"signature {mark}".encode()).digest()).decode()
 
 
 def _known(given: Mapping[str, Any], names: set[str], where: str) -> None:
@@ -147,8 +151,12 @@ def _check_signature(model: str, part: Mapping[str, Any], at: int) -> None:
     given = part.get("thoughtSignature") or part.get("thought_signature")
     if not given:
         raise RejectedError(f"Image part is missing a thought_signature in content position {at + 1}", param="contents")
-    plain = str(given).translate(str.maketrans("-_", "+/"))
-    if plain.rstrip("=") != signature(decode(str(inline["data"]), "contents")).rstrip("="):
+    plain = str(given).translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        right = signature(read_mark(decode(str(inline["data"]), "contents"))).rstrip("=")
+    except (ValueError, OSError):
+        right = ""  # no picture of this service's
+    if plain != right:
         raise RejectedError("Corrupted thought signature.", param="contents")
 
 
@@ -168,7 +176,7 @@ def _part(call: Call, picture: Picture) -> dict[str, Any]:
     shape = call.plan.get("shape", "")
     if picture.url is not None or shape.endswith("url"):
         return {"fileData": {"mimeType": picture.mime, "fileUri": call.link(picture, shape or "url")}}
-    return {**_inline(picture), "thoughtSignature": signature(picture.data)}
+    return {**_inline(picture), "thoughtSignature": signature(expected_mark(call.asked.prompt, call.asked.inputs))}
 
 
 def _usage(call: Call, tokens: Tokens) -> dict[str, Any]:

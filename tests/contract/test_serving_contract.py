@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,8 +15,10 @@ import pytest
 from PIL import Image
 
 import dataflow
+from dataflow.config import SERVINGS as SERVING_CLASSES
 from dataflow.errors import BadRequestError, ServingError
 from dataflow.io import ImageIO
+from dataflow.serving.fake_api import FakeApi
 from dataflow.serving.fake_serving import FakeServing
 from dataflow.serving.local_image_gen_serving import LocalImageGenServing
 from dataflow.types import GenerationRequest, GenerationResult, Serving
@@ -29,12 +33,34 @@ def local(store: ImageIO, **options) -> Serving:
     return LocalImageGenServing(store, batch_size=3, diffuser_num_inference_steps=1, device="cpu", **options)
 
 
+def api(name: str, store: ImageIO | None, **options) -> Serving:
+    pytest.importorskip("openai")
+    module, _, kind = SERVING_CLASSES[name].partition(":")
+    path = "" if name == "gemini" else "/v1"
+    return getattr(importlib.import_module(module), kind)(
+        image_io=store, api_url=os.environ["FAKE_API"] + path, timeout=20.0, **options
+    )
+
+
 SERVINGS = [
     pytest.param(lambda store: FakeServing(store, batch_size=3, size=(16, 16)), id="fake"),
     pytest.param(lambda store: FakeServing(batch_size=3), id="fake-text"),
     pytest.param(local, id="local", marks=has_builtin),
     pytest.param(lambda store: local(store, Image_gen_task="imageedit"), id="local-edit", marks=has_builtin),
+    pytest.param(lambda store: api("chat", store), id="chat"),
+    pytest.param(lambda store: api("chat", store, send_request_stream=True), id="chat-stream"),
+    pytest.param(lambda store: api("chat", None, model_name="judge"), id="chat-text"),
+    pytest.param(lambda store: api("openai_images", store), id="openai_images"),
+    pytest.param(lambda store: api("gemini", store), id="gemini"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fake_api():
+    with FakeApi() as service, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAKE_API", service.url)
+        patch.setenv("DF_API_KEY", "any-word")
+        yield
 
 
 @pytest.fixture(params=SERVINGS)
@@ -87,7 +113,10 @@ def work(serving: Serving, *batches: Sequence[GenerationRequest]) -> list[list[G
 def answers(results: Sequence[GenerationResult]) -> list[bytes | str | None]:
     for result in results:
         assert result.error is None
-    return [image.tobytes() if (image := next(iter(result.images), None)) else result.text for result in results]
+    return [
+        image if isinstance(image := next(iter(result.images), result.text), bytes | str) else image.tobytes()
+        for result in results
+    ]
 
 
 def test_it_is_a_serving_with_whole_numbers_from_one(serving):

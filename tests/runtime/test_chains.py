@@ -92,6 +92,23 @@ class TestTurns:
                 for number, (parent, path) in enumerate(zip([source, *turns], turns, strict=False)):
                     job.check_image(path, row["prompt"][number]["content"], [parent])
 
+    def test_what_was_said_before_the_cut_is_said_again(self, job, source):
+        said = []
+
+        class Watched(FakeServing):
+            async def generate(self, requests):
+                said.extend(
+                    ([turn.prompt for turn in each.turns], [turn.images for turn in each.turns]) for each in requests
+                )
+                return await super().generate(requests)
+
+        job.rows({"prompt": talk("one", "two", "three"), "image": source})
+        with pytest.raises(RunStoppedError):
+            job.run(job.serving(script={"three": "fatal"}), edit=True)
+        job.run(Watched(job.io, size=(8, 8)), edit=True)
+        ((first, _, _),) = job.table()[0]["edited_turns"]
+        assert said == [(["one", "two"], [(source,), (first,)])]
+
     def test_a_middle_image_lost_is_made_again_and_the_last_one_kept(self, job, source):
         job.rows({"prompt": talk("one", "two", "three"), "image": source}).run(edit=True)
         (row,) = job.table()

@@ -1,5 +1,6 @@
 """A chat-completions service behind the engine, on real sockets."""
 
+import asyncio
 import json
 import logging
 import pickle
@@ -219,3 +220,11 @@ def test_a_refused_connection_is_no_timeout(site, caplog):
 def test_batch_jobs_go_with_one_endpoint(site):
     with pytest.raises(ConfigError, match="one endpoint"):
         site.serving(key_name_of_api_key=["ONE", "OTHER"], batch_jobs=True)
+
+
+def test_a_judge_that_says_nothing_has_not_answered(site):
+    serving = APIVLMServing_openai(f"{site.api.url}/v1", model_name=MODEL)  # a model that answers with pictures
+    serving.setup()
+    [result] = asyncio.run(serving.generate([GenerationRequest(request_id="0" * 32, prompt="how good?", seed=0)]))
+    assert result.error.reason == "no_text"
+    assert result.usage["usd"] > 0

@@ -15,7 +15,14 @@ from collections.abc import Awaitable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dataflow.errors import BadRequestError, ConfigError, FatalServingError, MissingExtraError, ServingError
+from dataflow.errors import (
+    BadOutputError,
+    BadRequestError,
+    ConfigError,
+    FatalServingError,
+    MissingExtraError,
+    ServingError,
+)
 from dataflow.serving import api_errors, prices
 from dataflow.serving.batch_jobs import BatchService, through_batch
 from dataflow.serving.download import Downloader, warn_plain_http
@@ -268,6 +275,9 @@ class ApiServing(Serving):
             images: tuple[bytes | memoryview, ...] = ()
             if self.image_io is not None:
                 images = await self._fetched(require_images(reply, 1).images)
+            elif not reply.text:
+                what = f"{len(reply.images)} images" if reply.images else "nothing"
+                raise BadOutputError(f"{self.url} answers with {what}, not with text", reason="no_text")
         except ServingError as error:
             counted = error.usage or (reply.usage if reply else {})
             if counted:

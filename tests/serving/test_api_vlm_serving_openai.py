@@ -225,6 +225,12 @@ def test_batch_jobs_go_with_one_endpoint(site):
 def test_a_judge_that_says_nothing_has_not_answered(site):
     serving = APIVLMServing_openai(f"{site.api.url}/v1", model_name=MODEL)  # a model that answers with pictures
     serving.setup()
-    [result] = asyncio.run(serving.generate([GenerationRequest(request_id="0" * 32, prompt="how good?", seed=0)]))
+
+    async def ask():
+        found = await serving.generate([GenerationRequest(request_id="0" * 32, prompt="how good?", seed=0)])
+        await asyncio.to_thread(serving.cleanup)
+        return found
+
+    [result] = asyncio.run(ask())
     assert result.error.reason == "no_text"
     assert result.usage["usd"] > 0

@@ -121,7 +121,7 @@ NO_CHANNEL = openai("no channel for model x", "new_api_error", "model_not_found"
         (200, b"", RetryError, "not_json"),
         (200, '{"choices": [', RetryError, "not_json"),
         (200, "[1, 2]", RetryError, "not_json"),
-        (302, "", RetryError, "not_json"),
+        (302, "", FatalServingError, "redirect"),
         (200, {"id": "7"}, RetryError, "bad_reply"),
         (200, {}, RetryError, "bad_reply"),
         # requests
@@ -258,7 +258,6 @@ class TestMessages:
             (404, "<html>nginx"),
             (405, {"detail": "Method Not Allowed"}),
             (200, "<html><title>Sign in"),
-            (302, ""),
         ],
     )
     def test_a_wrong_url_is_hinted_at(self, status, body):

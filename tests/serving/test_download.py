@@ -212,7 +212,7 @@ def test_other_addresses(text):
 
 
 @pytest.mark.parametrize(
-    "text", [*set(ODD_FORMS) - {"127.0.0.1"}, "", "localhost", "1.1.1.1.1", "8.8.8.8\n", "٨.8.8.8"]
+    "text", [*sorted(set(ODD_FORMS) - {"127.0.0.1"}), "", "localhost", "1.1.1.1.1", "8.8.8.8\n", "٨.8.8.8"]
 )
 def test_what_no_resolver_gives_is_no_address(text):
     refused(lambda: vet_address(text), "unsafe_url", "is not an address")

@@ -21,7 +21,7 @@ from dataflow.serving.api_errors import classify
 from dataflow.serving.batch_jobs import BatchJob, new_name
 from dataflow.serving.fake_api import FakeApi, expected_mark, read_mark
 from dataflow.serving.gemini_batches import INLINE_LINES, GeminiBatches
-from dataflow.serving.replies import gemini_reply
+from dataflow.serving.gemini_replies import gemini_reply
 from dataflow.types import GenerationRequest, Turn
 
 pytest.importorskip("google.genai")

@@ -32,7 +32,8 @@ from dataflow.types import GenerationRequest, Turn
 from dataflow.utils.storage import FileStorage
 
 pytest.importorskip("google.genai")
-from dataflow.serving.gemini_image_serving import GeminiImageServing, GeminiStream
+from dataflow.serving.gemini_image_serving import GeminiImageServing
+from dataflow.serving.gemini_replies import GeminiStream
 
 KEY = "df-secret-0123456789"
 MODEL = "gemini-2.5-flash-image"
@@ -535,7 +536,7 @@ def test_the_key_is_not_carried_elsewhere(site):
         path = site.folder / "lines"
         path.write_bytes(b"{}\n")
         uploaded = None
-        with contextlib.suppress(RetryError):
+        with contextlib.suppress(FatalServingError, RetryError):
             uploaded = await serving._client.upload(path, "x")
         await asyncio.to_thread(serving.cleanup)
         await asyncio.gather(other.cleanup(), home.cleanup())
@@ -562,7 +563,7 @@ def test_what_makes_an_image_what_it_is(site):
     assert serving.fingerprint() == {"service": "generateContent", "model": MODEL}
     assert serving.default_params() == {"responseModalities": ["IMAGE"], "temperature": 1, "aspect_ratio": "4:5"}
     assert pickle.loads(pickle.dumps(serving)).default_params() == serving.default_params()
-    assert (serving.masks, serving.batch_size, serving.timeout) == (False, 1, 20)
+    assert (serving.masks, serving.batch_size, serving.request_timeout) == (False, 1, 20)
 
 
 @pytest.mark.parametrize(

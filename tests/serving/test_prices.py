@@ -103,5 +103,7 @@ def test_tokens_need_a_rate_of_every_kind_that_was_counted():
     assert dollars(ALL, usage, 1, discount=0.5) == pytest.approx(17.5)
     assert dollars(Rates(image_output=30.0), usage, 1) is None
     assert dollars(Rates(image_output=30.0, image=0.04), usage, 2) == pytest.approx(0.08)
-    assert dollars(Rates(image_output=30.0), {"output_tokens": 1_000_000}, 0) == pytest.approx(30.0)
+    words = {"output_tokens": 1_000_000}
+    assert dollars(Rates(image_output=30.0, text_output=2.5), words, 0) == pytest.approx(2.5)
+    assert dollars(Rates(image_output=30.0), words, 0) is None
     assert dollars(None, usage, 1) is None

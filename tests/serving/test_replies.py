@@ -22,18 +22,11 @@ from dataflow.errors import (
     RetryError,
     ServingError,
 )
-from dataflow.serving.replies import (
-    ChatStream,
-    ImagesStream,
-    Reply,
-    chat_reply,
-    data_url,
-    decode_base64,
-    gemini_reply,
-    images_reply,
-    media_type,
-    require_images,
-)
+from dataflow.serving.chat_replies import ChatStream, chat_reply
+from dataflow.serving.gemini_replies import gemini_reply
+from dataflow.serving.images_replies import ImagesStream, images_reply
+from dataflow.serving.replies import Reply, require_images
+from dataflow.serving.reply_images import data_url, decode_base64, media_type
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 JPEG = b"\xff\xd8\xff\xe0" + bytes(range(251, 0, -1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from dataflow.types import GenerationRequest, Serving
 _FACTS = frozenset(
     {
         "request_id", "prompt", "seed", "params", "negative_prompt", "size", "images", "image_hashes", "after",
-        "software", "provenance",
+        "software", "provenance", "usage", "mask",
     }
 )  # fmt: skip
 """What an image's metadata says beside the fingerprint of its model."""
@@ -72,6 +73,8 @@ def _find(images: ImageIO, prefix: str) -> Path:
 
 def _request(images: ImageIO, facts: Mapping[str, Any], original: Path) -> GenerationRequest:
     hashes = facts.get("image_hashes", ())
+    if not re.fullmatch(r"[0-9a-f]{32}", str(facts["request_id"])):
+        raise InputError(f"its request id is none: {facts['request_id']!r}", path=original)
     for path, expected in zip(facts.get("images", ()), hashes, strict=False):
         # A later turn's first image is the answer to the turn before; it has no hash of its own.
         if len(hashes) == len(facts["images"]) and images.digest(path) != expected:
@@ -81,6 +84,7 @@ def _request(images: ImageIO, facts: Mapping[str, Any], original: Path) -> Gener
         prompt=facts["prompt"],
         images=tuple(facts.get("images", ())),
         image_hashes=tuple(hashes),
+        mask=facts.get("mask"),
         negative_prompt=facts.get("negative_prompt"),
         seed=facts["seed"],
         size=tuple(facts["size"]) if facts.get("size") else None,
@@ -100,7 +104,7 @@ def _serving(job: Job, request: GenerationRequest, fingerprint: Mapping[str, Any
         # The same model may stand there twice, to draw and to edit: edits come from the last one.
         place = -number if request.task == "imageedit" else number
         differences.append(
-            (len(differing), place, serving, [f"{k}: {fingerprint.get(k)} → {now.get(k)}" for k in differing])
+            (len(differing), place, serving, [f"{k}: {fingerprint.get(k)!r} → {now.get(k)!r}" for k in differing])
         )
     if not differences:
         raise InputError("the job has no step with a serving")

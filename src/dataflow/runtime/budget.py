@@ -26,7 +26,7 @@ class Budget:
 
     Args:
         limit: US dollars for the step over all its runs; None for no limit.
-        spent: tells the dollars spent so far, in all runs.
+        spent: tells the dollars spent so far, in all runs, and those that calls which broke off may have cost.
     """
 
     def __init__(self, limit: float | None, spent: Callable[[], float]) -> None:
@@ -58,6 +58,10 @@ class Budget:
                     return None
                 await self._changed.wait()
 
+    def expected(self, estimate: float | None) -> float:
+        """What a call is taken to cost of which its serving expects this much."""
+        return max(estimate or 0.0, self._dearest or 0.0)
+
     async def settle(self, held: float, paid: float, requests: int) -> None:
         """The calls for which ``held`` was set aside are over and cost ``paid``, which is spent by now."""
         if self.limit is None:
@@ -80,5 +84,5 @@ class Budget:
         for estimate in estimates:
             if estimate is None and self._dearest is None:
                 return None
-            total += max(estimate or 0.0, self._dearest or 0.0)
+            total += self.expected(estimate)
         return total

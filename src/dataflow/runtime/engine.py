@@ -120,7 +120,7 @@ class _Run:
         self.index = self.journal.load()
         self.index.verify(existing)
         self.tally = Tally(usd=self.index.usd, unpriced=self.index.unpriced)
-        self.budget = Budget(options.budget_usd, lambda: self.index.usd)
+        self.budget = Budget(options.budget_usd, lambda: self.index.usd + self.index.risk)
         self.identifier = Identifier(
             serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest
         )

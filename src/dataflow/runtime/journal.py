@@ -94,6 +94,7 @@ class Index:
         torn: torn or damaged records skipped while reading.
         usd: US dollars spent, in all runs.
         unpriced: calls of which nobody knows what they cost.
+        risk: US dollars that those of them that broke off may have cost at most, as expected.
     """
 
     packed: dict[bytes, int] = field(default_factory=dict)
@@ -105,6 +106,7 @@ class Index:
     torn: int = 0
     usd: float = 0.0
     unpriced: int = 0
+    risk: float = 0.0
     _counting: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def bill(self, usage: Mapping[str, Any]) -> float:
@@ -113,6 +115,7 @@ class Index:
         with self._counting:
             if usd is None:
                 self.unpriced += 1
+                self.risk += usage.get("up_to") or 0.0
                 return 0.0
             self.usd += usd
         return usd

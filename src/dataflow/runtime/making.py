@@ -21,7 +21,7 @@ from dataflow.errors import (
     WorkerDiedError,
 )
 from dataflow.runtime import limits, station
-from dataflow.runtime.budget import Budget
+from dataflow.runtime.budget import Budget, dollars_of
 from dataflow.runtime.journal import Ending, Index, Journal, done_record, ending_record
 from dataflow.runtime.limits import HeldBackError
 from dataflow.runtime.planner import Planner
@@ -174,14 +174,19 @@ class Maker:
     def _bill(self, requests: list[GenerationRequest], result: Sequence[Item] | ServingError | None) -> float:
         """Count what an attempt cost, in dollars; calls without a result are kept in the journal here."""
         items = [result] if isinstance(result, ServingError) else result or []
-        paid, unpriced = 0.0, self.index.unpriced
+        paid, unknown = 0.0, False
         for request, item in zip(requests, items, strict=False):
             if item.usage:
+                if isinstance(item, ServingError) and item.usage.get("lost"):
+                    # Nobody knows whether it was billed at all: the budget takes it for a whole call.
+                    item.usage = {**item.usage, "up_to": self.budget.expected(self.serving.estimate(request))}
+                else:
+                    unknown = unknown or dollars_of(item.usage) is None
                 paid += self.index.bill(item.usage)
                 if isinstance(item, ServingError):
                     self.journal.append({"s": "paid", "k": request.request_id, "usage": dict(item.usage)})
         self.tally.usd, self.tally.unpriced = self.index.usd, self.index.unpriced
-        if self.budget.limit is not None and self.index.unpriced > unpriced:
+        if self.budget.limit is not None and unknown:
             self.run.stop(
                 RunStoppedError(
                     "stopped: nobody knows what these calls cost, so that no budget can be kept: "

@@ -207,11 +207,16 @@ def classify(
 
     Returns:
         ``RefusedError``: moderation, also as 403, and 451. ``FatalServingError``: ``auth`` (401, 403, a bad key sent
-        as 400), ``quota`` (402, no credit, Gemini's daily quota), ``no_such_model``. ``RateLimitError``: other 429, and
+        as 400), ``quota`` (402, no credit, Gemini's daily quota), ``no_such_model``, ``redirect`` (3xx).
+        ``RateLimitError``: other 429, and
         503 or 529 with a stated wait; ``retry_after`` is 0 to ``MAX_WAIT``. ``RetryError``: ``transient`` (408, 409,
         425, 5xx and the like), ``not_json`` (below 400 without JSON), ``bad_reply`` (below 400, JSON without an error).
         ``BadRequestError``: every other 4xx. The message has at most ``MESSAGE_LIMIT`` characters.
     """
+    if 300 <= status < 400:
+        target = next((value for name, value in headers.items() if str(name).lower() == "location"), "nowhere")
+        message = f"{service} answers {status}: it redirects to {target}, which is not followed; name the right address"
+        return FatalServingError(quoted(message, secrets), reason="redirect")
     parsed, text = _parse(body)
     fault = _read(parsed)
     known = {**fault.headers, **{str(name).lower(): str(value) for name, value in headers.items()}}

@@ -21,6 +21,7 @@ from dataflow.errors import (
     ConfigError,
     FatalServingError,
     MissingExtraError,
+    RetryError,
     ServingError,
 )
 from dataflow.serving import api_errors, prices
@@ -33,6 +34,11 @@ log = logging.getLogger(__name__)
 
 MAX_ANSWER = 256 * 2**20
 """Bytes of one answer; more than any image takes, base64 and all."""
+
+_LOST = ("timeout", "cut_answer", "cut_stream")
+"""Reasons for which an answer did not arrive that may have been billed."""
+_IMAGE_TOKENS = 2000
+"""Of an input image, for an estimate: rather too many."""
 
 Endpoint = tuple[str, str]
 """A base URL, and the name of the environment variable with its key."""
@@ -113,8 +119,6 @@ class ApiServing(Serving):
         self.params = self._json_fields(request_params)
         self.request_timeout = timeout
         self.detached = batch_jobs
-        # A batch job may take a day; its single calls have their own limit.
-        self.timeout = None if batch_jobs else timeout
         self.batch_size = batch_size if batch_jobs else 1
         self._rates: prices.Rates | None = None
         self._key = ""
@@ -180,12 +184,15 @@ class ApiServing(Serving):
                 f"the row sets {', '.join(unknown)}: the service gets that only if request_params names it"
             )
 
-    def estimate(self, request: GenerationRequest) -> float | None:  # noqa: ARG002 - part of the protocol
-        """The list price of an image; None where the model has none."""
+    def estimate(self, request: GenerationRequest) -> float | None:
+        """The list price of an image and of what is sent for it; None where the model has none."""
         rates = self._find_rates()
         if rates is None or rates.image is None or self.image_io is None:
             return None
-        return rates.image * self._discount
+        letters = len(request.prompt) + sum(len(turn.prompt) for turn in request.turns)
+        images = len(request.images) + sum(len(turn.images) for turn in request.turns)
+        sent = letters / 3 * (rates.text_input or 0.0) + images * _IMAGE_TOKENS * (rates.image_input or 0.0)
+        return (rates.image + sent / prices.MILLION) * self._discount
 
     def batch_key(self, request: GenerationRequest) -> Hashable:
         """A batch job is of one endpoint."""
@@ -270,11 +277,16 @@ class ApiServing(Serving):
         reply: Reply | None = None
         usage: Mapping[str, Any] = {}
         try:
-            reply = await asked
+            try:
+                # Of the call alone: fetching what its answer names has limits of its own.
+                async with asyncio.timeout(None if self.detached else self.request_timeout):
+                    reply = await asked
+            except TimeoutError:
+                raise RetryError(f"no answer within {self.request_timeout:g} s", reason="timeout") from None
             usage = self._priced(reply.usage, len(reply.images))
             images: tuple[bytes | memoryview, ...] = ()
             if self.image_io is not None:
-                images = await self._fetched(require_images(reply, 1).images)
+                images = await self._fetched(require_images(reply, 1, [self._key]).images)
             elif not reply.text:
                 what = f"{len(reply.images)} images" if reply.images else "nothing"
                 raise BadOutputError(f"{self.url} answers with {what}, not with text", reason="no_text")
@@ -282,6 +294,8 @@ class ApiServing(Serving):
             counted = error.usage or (reply.usage if reply else {})
             if counted:
                 error.usage = self._priced(counted, len(reply.images) if reply else 0)
+            elif error.reason in _LOST:
+                error.usage = {"usd": None, "lost": True}
             return GenerationResult(error=error, usage=error.usage, seconds=time.perf_counter() - started)
         facts: dict[str, Any] = {"service": self.url, "finish_reason": reply.finish, **self._facts(reply)}
         text = reply.text if self.image_io is None else None

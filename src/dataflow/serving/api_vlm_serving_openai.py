@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from dataflow.errors import BadRequestError
 from dataflow.serving.api_serving import ApiServing, input_bytes
+from dataflow.serving.chat_replies import ChatStream, chat_reply
 from dataflow.serving.openai_batches import OpenAIBatches
-from dataflow.serving.openai_client import connect, events, is_event_stream, translated_errors, whole_json
-from dataflow.serving.replies import ChatStream, Reply, chat_reply
+from dataflow.serving.openai_client import answer, connect, translated_errors
+from dataflow.serving.replies import Reply, counted
 from dataflow.serving.reply_images import data_url
 from dataflow.types import GenerationRequest, ImageStore
 
@@ -107,9 +108,10 @@ class APIVLMServing_openai(ApiServing):  # noqa: N801 - the name is fixed by the
         Raises:
             BadRequestError: a negative prompt, a size, or a parameter of the row that ``request_params`` does not name.
         """
-        if request.negative_prompt:
+        own_size = (self.params.get("width"), self.params.get("height"))
+        if request.negative_prompt and request.negative_prompt != self.params.get("negative_prompt"):
             raise BadRequestError("a chat service takes no negative prompt: say it in the prompt")
-        if request.size is not None:
+        if request.size is not None and request.size != own_size:
             raise BadRequestError(
                 "a chat service takes no height and width: give its own field in request_params, such as image_config"
             )
@@ -132,24 +134,27 @@ class APIVLMServing_openai(ApiServing):  # noqa: N801 - the name is fixed by the
             body["stream_options"] = {"include_usage": True, **body.get("stream_options", {})}
         # Plain JSON, as the service gets it, which the client's own types do not describe.
         create: Any = self._client.chat.completions.with_streaming_response.create
-        with translated_errors(self._classified, self._clean, self.request_timeout):
+        stream = ChatStream(**self._asked_for)
+        add = (lambda _, chunk: stream.add(chunk)) if self.stream else None
+        with counted(stream), translated_errors(self._classified, self._clean, self.request_timeout):
             async with create(**named, stream=self.stream, extra_body=body) as response:
-                if self.stream and is_event_stream(response):
-                    stream = ChatStream(**self._names)
-                    async for _, chunk in events(response):
-                        stream.add(chunk)
-                    return stream.reply()
-                found = await whole_json(response, self._classified)
+                found = await answer(response, add, self._classified, self._clean)
+        if found is None:
+            return stream.reply()
         if "error" in found and not found.get("choices"):
             raise self._classified(response.status_code, response.headers, found)
-        return chat_reply(found, **self._names)
+        return chat_reply(found, **self._asked_for)
+
+    @property
+    def _asked_for(self) -> dict[str, Any]:
+        return {"words": self.image_io is None, **self._names}
 
     def _batches(self, requests: Sequence[GenerationRequest]) -> OpenAIBatches:  # noqa: ARG002 - one endpoint for all
         return OpenAIBatches(
             self._client,
             endpoint="/v1/chat/completions",
             body=self._body,
-            reply=lambda found: chat_reply(found, **self._names),
+            reply=lambda found: chat_reply(found, **self._asked_for),
             classified=self._classified,
             clean=self._clean,
             timeout=self.request_timeout,

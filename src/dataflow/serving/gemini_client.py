@@ -8,11 +8,10 @@ from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from dataflow.errors import BadOutputError, FatalServingError, RetryError
 from dataflow.serving.api_serving import MAX_ANSWER
 from dataflow.serving.openai_client import Classify
+from dataflow.serving.replies import parse_json
 
 if TYPE_CHECKING:
     import aiohttp
@@ -90,7 +89,7 @@ class GeminiClient:
         text = answer.body or ""
         _require_size(len(text))
         try:
-            return orjson.loads(text)
+            return parse_json(text)
         except ValueError:
             raise self._classified(200, answer.headers or {}, text) from None
 
@@ -107,7 +106,7 @@ class GeminiClient:
                 async for chunk in chunks:
                     size += len(chunk.body or "")
                     _require_size(size)
-                    yield orjson.loads(chunk.body or "null")
+                    yield parse_json(chunk.body or "null")
 
     async def upload(self, path: Path, name: str) -> str:
         """Upload a file of requests; the service's name for it."""

@@ -10,14 +10,15 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from dataflow.errors import BadRequestError, ConfigError, ImageError, MissingExtraError, RetryError, ServingError
+from dataflow.errors import BadRequestError, ConfigError, ImageError, MissingExtraError
 from dataflow.io import ImageIO
 from dataflow.serving.api_serving import ApiServing, input_bytes
 from dataflow.serving.gemini_batches import GeminiBatches
 from dataflow.serving.gemini_client import API_VERSION, GeminiClient
+from dataflow.serving.gemini_replies import GeminiStream, gemini_reply
 from dataflow.serving.model_limits import limits_of
-from dataflow.serving.replies import Reply, gemini_reply
-from dataflow.serving.reply_images import items, mapping, media_type
+from dataflow.serving.replies import Reply, counted
+from dataflow.serving.reply_images import media_type
 from dataflow.types import GenerationRequest, ImageStore
 
 DEFAULT_URL = "https://generativelanguage.googleapis.com"
@@ -226,9 +227,10 @@ class GeminiImageServing(ApiServing):
         if not self.stream:
             return gemini_reply(await self._client.ask("post", f"{self._path}:generateContent", body), **self._names)
         stream = GeminiStream(**self._names)
-        async with aclosing(self._client.events(f"{self._path}:streamGenerateContent?alt=sse", body)) as chunks:
-            async for chunk in chunks:
-                stream.add(chunk)
+        with counted(stream):
+            async with aclosing(self._client.events(f"{self._path}:streamGenerateContent?alt=sse", body)) as chunks:
+                async for chunk in chunks:
+                    stream.add(chunk)
         return stream.reply()
 
     def _batches(self, requests: Sequence[GenerationRequest]) -> GeminiBatches:  # noqa: ARG002 - one model for all
@@ -317,79 +319,3 @@ def _kept(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if found.keys() - {"thought"}:
             kept.append(found)
     return kept
-
-
-# -- streams ----------------------------------------------------------------------------------------------------------
-
-
-class GeminiStream:
-    """A streamed answer: :meth:`add` each chunk, then ask for the :meth:`reply`.
-
-    Args:
-        service: its name, for messages.
-        secrets: what must not stand in messages.
-    """
-
-    def __init__(self, *, service: str, secrets: Sequence[str] = ()) -> None:
-        self._names: dict[str, Any] = {"service": service, "secrets": secrets}
-        self._candidates: dict[int, dict[str, Any]] = {}
-        self._body: dict[str, Any] = {}
-        self._chunks = 0
-
-    def add(self, chunk: Any) -> None:
-        """Take one chunk, parsed, in the order they came.
-
-        Raises:
-            RetryError: ``not_json`` or ``bad_reply``; it is no such chunk.
-            ServingError: of the class of the error in it.
-        """
-        self._chunks += 1
-        chunk = chunk[0] if isinstance(chunk, list) and len(chunk) == 1 else chunk
-        keys = ("candidates", "promptFeedback", "prompt_feedback", "usageMetadata", "usage_metadata")
-        if not isinstance(chunk, Mapping) or chunk.get("error") or not any(key in chunk for key in keys):
-            try:
-                gemini_reply(chunk, **self._names)
-            except ServingError as error:
-                error.usage = error.usage or self._body.get("usageMetadata", {})
-                raise
-        for name, other in (("promptFeedback", "prompt_feedback"), ("usageMetadata", "usage_metadata")):
-            if found := chunk.get(name) or chunk.get(other):
-                self._body[name] = found
-        for entry in items(chunk.get("candidates"), "candidates"):
-            self._add(mapping(entry, "a candidate"))
-
-    def _add(self, given: Mapping[str, Any]) -> None:
-        index = given.get("index")
-        candidate = self._candidates.setdefault(index if isinstance(index, int) else 0, {"content": {"parts": []}})
-        for name, other in (("finishReason", "finish_reason"), ("finishMessage", "finish_message")):
-            if word := given.get(name) or given.get(other):
-                candidate[name] = word
-        parts = candidate["content"]["parts"]
-        for entry in items(mapping(given.get("content"), "content").get("parts"), "parts"):
-            part = mapping(entry, "a part")
-            if parts and _goes_on(parts[-1], part):
-                parts[-1] = {**parts[-1], "text": parts[-1]["text"] + part["text"]}
-            else:
-                parts.append(part)
-
-    def reply(self) -> Reply:
-        """What was said, as :func:`~dataflow.serving.replies.gemini_reply` would see it in one piece.
-
-        Raises:
-            RetryError: ``cut_stream``; it ended without a ``finishReason``.
-            ServingError: as ``gemini_reply`` raises.
-        """
-        candidates = [candidate for _, candidate in sorted(self._candidates.items())]
-        over = bool(candidates) and all("finishReason" in candidate for candidate in candidates)
-        if not over and (candidates or "promptFeedback" not in self._body):
-            message = (
-                f"the stream of {self._names['service']} ended without a finishReason, after {self._chunks} chunks"
-            )
-            raise RetryError(message, reason="cut_stream", usage=self._body.get("usageMetadata"))
-        return gemini_reply({"candidates": candidates, **self._body}, **self._names)
-
-
-def _goes_on(before: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
-    """Whether a part is more of the same text. A signature belongs to its own part."""
-    plain = all(isinstance(one.get("text"), str) and not one.keys() - {"text", "thought"} for one in (before, part))
-    return plain and bool(before.get("thought")) == bool(part.get("thought"))

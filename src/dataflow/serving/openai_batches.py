@@ -10,7 +10,7 @@ import orjson
 from dataflow.errors import FatalServingError, RetryError, ServingError
 from dataflow.serving.batch_jobs import BatchJob, not_before
 from dataflow.serving.openai_client import Classify, lines, translated_errors
-from dataflow.serving.replies import Reply
+from dataflow.serving.replies import Reply, parse_json
 from dataflow.types import GenerationRequest
 
 if TYPE_CHECKING:
@@ -94,13 +94,13 @@ class OpenAIBatches:
                 continue
             with self._errors():
                 async with self._client.files.with_streaming_response.content(file) as response:
-                    async for line in lines(response):
+                    async for line in lines(response.iter_bytes()):
                         if line.strip():
                             yield self._result(line)
 
     def _result(self, line: bytes) -> tuple[str, Reply | ServingError]:
         try:
-            found = orjson.loads(line)
+            found = parse_json(line)
             name, response = str(found["custom_id"]), found.get("response") or {}
             status, body = response.get("status_code"), response.get("body")
         except (ValueError, TypeError, KeyError, AttributeError):

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dataflow.errors import BadRequestError, ConfigError
 from dataflow.serving.api_serving import ApiServing, input_bytes
+from dataflow.serving.images_replies import ImagesStream, images_reply
 from dataflow.serving.model_limits import ModelLimits, limits_of
 from dataflow.serving.openai_batches import OpenAIBatches
-from dataflow.serving.openai_client import connect, events, is_event_stream, translated_errors, whole_json
-from dataflow.serving.replies import ImagesStream, Reply, images_reply
+from dataflow.serving.openai_client import answer, connect, translated_errors
+from dataflow.serving.replies import Reply, counted
 from dataflow.serving.reply_images import data_url, media_type
 from dataflow.types import GenerationRequest, ImageStore
 
@@ -253,14 +254,13 @@ class OpenAIImageServing(ApiServing):
         return fields
 
     async def _call(self, request: GenerationRequest) -> Reply:
-        with translated_errors(self._classified, self._clean, self.request_timeout):
+        stream = ImagesStream(**self._names)
+        add = (lambda name, event: stream.add(event, name=name)) if self.stream else None
+        with counted(stream), translated_errors(self._classified, self._clean, self.request_timeout):
             async with self._asked(request) as response:
-                if self.stream and is_event_stream(response):
-                    stream = ImagesStream(**self._names)
-                    async for name, event in events(response):
-                        stream.add(event, name=name)
-                    return stream.reply()
-                found = await whole_json(response, self._classified)
+                found = await answer(response, add, self._classified, self._clean)
+        if found is None:
+            return stream.reply()
         if "error" in found and not found.get("data"):
             raise self._classified(response.status_code, response.headers, found)
         return images_reply(found, **self._names)

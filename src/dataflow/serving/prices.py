@@ -103,7 +103,7 @@ def dollars(rates: Rates | None, usage: Mapping[str, Any], images: int, *, disco
         return float(own)
     if rates is None:
         return None
-    counted = tokens(usage)
+    counted = tokens(usage, images)
     if counted is not None:
         total = 0.0
         for field in fields(Tokens):
@@ -116,10 +116,11 @@ def dollars(rates: Rates | None, usage: Mapping[str, Any], images: int, *, disco
     return None if rates.image is None else rates.image * images * discount
 
 
-def tokens(usage: Mapping[str, Any]) -> Tokens | None:
+def tokens(usage: Mapping[str, Any], images: int = 1) -> Tokens | None:
     """The tokens of a reply by kind; None if the service counted none.
 
-    Where a service does not split its answer's tokens they count as image tokens, the dearer kind.
+    Where a service does not split its answer's tokens they count as image tokens, the dearer kind, unless the answer
+    has no image.
     """
     if "promptTokenCount" in usage or "candidatesTokenCount" in usage:
         return _gemini(usage)
@@ -129,12 +130,12 @@ def tokens(usage: Mapping[str, Any]) -> Tokens | None:
             image_output = _count(usage, f"{answered}_details", "image_tokens")
             output = _count(usage, answered)
             details = usage.get(f"{answered}_details")
-            split = isinstance(details, Mapping) and "image_tokens" in details
+            split = (isinstance(details, Mapping) and "image_tokens" in details) or not images
             return Tokens(
                 text_input=max(0, _count(usage, given) - image_input),
                 image_input=image_input,
                 text_output=max(0, output - image_output) if split else 0,
-                image_output=image_output if split else output,
+                image_output=min(image_output, output) if split else output,
             )
     return None
 

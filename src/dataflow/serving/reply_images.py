@@ -34,11 +34,15 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 class Answer:
     """Collects what an answer shows and says, in order.
 
+    Args:
+        words: text stays as it is; only what stands apart from it is an image.
+
     Attributes:
         broken: why the first image that stood in the text cannot be read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, words: bool = False) -> None:
+        self._words = words
         self.broken: BadOutputError | None = None
         self._images: dict[bytes | str, None] = {}  # in order, each once
         self._pending: list[str] = []
@@ -80,6 +84,8 @@ class Answer:
             return tuple(self._images)
         if self._linked:
             return tuple(self._linked)
+        if self._words:
+            return ()
         urls = (found[0].rstrip(".,;:!?*_") for rest in self._rest for found in _BARE.finditer(rest))
         return tuple(dict.fromkeys(url for url in urls if _looks_like_image(url)))
 
@@ -90,6 +96,9 @@ class Answer:
     def _flush(self) -> None:
         text = _without_thoughts("".join(self._pending))
         self._pending.clear()
+        if self._words:
+            self._rest.append(text)
+            return
         data, rest = _cut_data(text)
         for encoded in data:
             try:

@@ -143,7 +143,11 @@ def test_the_file_itself(tmp_path, write):
         ('cache_path = "out"', 'cache_type = "jsonlines"', "found 'jsonlines' (did you mean 'jsonl'"),
         ('cache_path = "out"', 'cache_type = "pickle"', "[storage]: cache_type is 'pickle'; unpickling runs"),
         ("[serving.f]", "[images]\nformat='gif'\n[serving.f]", "[images]: ImageIO(format='gif'): choose"),
-        ('type = "fake"', "", "[serving.f]: the key 'type' is missing; choose 'local', 'chat', 'openai_images', 'gemini', 'fake' or"),
+        (
+            'type = "fake"',
+            "",
+            "[serving.f]: the key 'type' is missing; choose 'local', 'chat', 'openai_images', 'gemini', 'fake' or",
+        ),
         ('type = "fake"', 'type = "fak"', "[serving.f]: type: there is no 'fak' (did you mean 'fake'?)"),
         ('type = "fake"', 'type = "no.such.module:X"', "'no.such.module' cannot be imported"),
         ('type = "fake"', 'type = "dataflow.io:ImagIO"', "has no class 'ImagIO' (did you mean 'ImageIO'?)"),

@@ -1,6 +1,7 @@
 """A chat-completions service behind the engine, on real sockets."""
 
 import asyncio
+import base64
 import json
 import logging
 import pickle
@@ -234,3 +235,32 @@ def test_a_judge_that_says_nothing_has_not_answered(site):
     [result] = asyncio.run(ask())
     assert result.error.reason == "no_text"
     assert result.usage["usd"] > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_body_has_the_documented_fields_and_no_other(site, stream):
+    """Chat completions as OpenAI documents them, with the fields for images that gateways add."""
+    params = {"image_config": {"aspect_ratio": "16:9"}, "temperature": 0.5, "modalities": ["image"]}
+    serving = site.serving(send_request_stream=stream, request_params=params, send_seed=True)
+    Image.new("RGB", (40, 30), "red").save(site.folder / "in.png")
+    storage = site.storage([{"images": str(site.folder / "in.png"), "conversations": "make it blue", "seed": 7}])
+    operator = PromptedImageEditGenerator(serving, options=RunOptions(quiet=True))
+    assert operator.run(storage, "images", "conversations", "edited").done == 1
+    [asked] = site.api.requests("chat/completions")
+    assert (asked["method"], asked["path"]) == ("POST", "/v1/chat/completions")
+    data = base64.b64encode((site.folder / "in.png").read_bytes()).decode()
+    content = [
+        {"type": "text", "text": "make it blue"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+    ]
+    streamed = {"stream": True, "stream_options": {"include_usage": True}} if stream else {"stream": False}
+    said = {"model": MODEL, "messages": [{"role": "user", "content": content}], "seed": 7}
+    assert asked["body"] == {**said, **params, **streamed}
+
+
+def test_a_line_of_a_batch_job_has_the_same_body(site):
+    serving = site.serving(batch_jobs=True)
+    request = GenerationRequest(request_id="0" * 32, prompt="a fox", seed=0)
+    line = json.loads(serving._batches([request]).line(request))
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "a fox"}], "modalities": ["image", "text"]}
+    assert line == {"custom_id": "0" * 32, "method": "POST", "url": "/v1/chat/completions", "body": body}

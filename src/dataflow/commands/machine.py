@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from dataflow import __version__
 from dataflow.commands.folder import shown
 from dataflow.errors import InputError
 from dataflow.runtime.progress import human_bytes
-from dataflow.serving import capabilities
+from dataflow.serving import capabilities, prices
 from dataflow.serving.model_files import INDEX, builtin_models
 
 DISTRIBUTION = "open-dataflow"
@@ -31,7 +33,9 @@ def models(args: argparse.Namespace) -> int:
             name: {"text2image": row.text2image, "imageedit": row.image is not None, "defaults": dict(row.defaults)}
             for name, row in capabilities.TABLE.items()
         }
-        print(json.dumps({"builtin": builtin_models(), "local": local, "families": families}, indent=2))
+        rates = {name: asdict(each) for name, each in prices.shipped().items()}
+        found = {"builtin": builtin_models(), "local": local, "families": families, "api_prices": rates}
+        print(json.dumps(found, indent=2))
         return 0
     print("built in:")
     for name in builtin_models() or ["(none: this installation lacks its model)"]:
@@ -50,6 +54,9 @@ def models(args: argparse.Namespace) -> int:
         line = f"{'yes' if row.text2image else '-':5}  {edits:5}  {images:12}  {steps:<5}  {guidance}"
         print(f"  {name:{width}}  {line}")
     print("\nothers run too, one image per call.")
+    print("\nimage APIs (--api chat, openai_images or gemini); any model runs, these have a list price:")
+    for name, rates in prices.shipped().items():
+        print(f"  {name:{width}}  " + ("per token" if rates.image is None else f"about ${rates.image:.3f} per image"))
     return 0
 
 
@@ -67,6 +74,8 @@ def doctor(_: argparse.Namespace) -> int:
             print(f"[{extra}]".ljust(12) + f"missing {', '.join(libraries)}: pip install '{DISTRIBUTION}[{extra}]'")
         else:
             print(f"[{extra}]".ljust(12) + "installed")
+    key = os.environ.get("DF_API_KEY", "").strip()
+    print(f"API key     DF_API_KEY is {'set' if key else 'not set: image APIs need one'}")
     works = not missing.get("local") and _torch()
     print(f"models      {', '.join(builtin_models()) or 'none is built in: this installation is not whole'}")
     return 0 if works else 1

@@ -57,8 +57,7 @@ def rates_of(model: str, table: str | Path | Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: the table cannot be read, or holds something that is not a price.
     """
-    known: dict[str, Rates] = {}
-    _read(tomllib.loads(resources.files("dataflow").joinpath("prices.toml").read_text()), "prices.toml", known)
+    known = shipped()
     if isinstance(table, Mapping):
         _read(table, "prices", known)
     elif table is not None:
@@ -68,6 +67,13 @@ def rates_of(model: str, table: str | Path | Mapping[str, Any] | None = None) ->
             raise ConfigError(f"{table}: the price table cannot be read: {error}") from error
     short = model.rpartition("/")[2]
     return next((known[name] for name in (model, short, short.partition(":")[0]) if name in known), None)
+
+
+def shipped() -> dict[str, Rates]:
+    """The package's own table: model → rates."""
+    known: dict[str, Rates] = {}
+    _read(tomllib.loads(resources.files("dataflow").joinpath("prices.toml").read_text()), "prices.toml", known)
+    return known
 
 
 def _read(table: Mapping[str, Any], where: str, known: dict[str, Rates]) -> None:

@@ -146,7 +146,7 @@ def test_replay_with_another_model_warns(dataflow, image):
     job.write_text(job.read_text().replace('type = "fake"', 'type = "fake"\nmodel = "other"'))
     code, _, err = dataflow("replay", image)
     assert code == 0
-    assert "warning: the model is not the one that made this image: model: fake → other" in err
+    assert "warning: the model is not the one that made this image: model: 'fake' → 'other'" in err
 
 
 def test_replay_of_a_picture_of_unknown_origin(dataflow, image):

@@ -123,6 +123,15 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dataflow.runtime.limits.backoff", lambda attempt: 0.0)
 
 
+@pytest.fixture
+def published_data() -> Path:
+    """Files that others published with their benchmarks, which are not part of this repository."""
+    folder = Path(os.environ.get("DATAFLOW_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"the published files are not in {folder}: DATAFLOW_TEST_DATA may name their folder")
+    return folder
+
+
 def pytest_configure() -> None:
     # A shell that runs the tests in the background has them ignore SIGINT, and every program they start, too.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

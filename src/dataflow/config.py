@@ -56,6 +56,7 @@ SERVINGS = {
     "chat": "dataflow.serving.api_vlm_serving_openai:APIVLMServing_openai",
     "openai_images": "dataflow.serving.openai_image_serving:OpenAIImageServing",
     "gemini": "dataflow.serving.gemini_image_serving:GeminiImageServing",
+    "image_probe": "dataflow.serving.image_probe:ImageProbeServing",
     "fake": "dataflow.serving.fake_serving:FakeServing",
 }
 OPERATORS = {
@@ -63,6 +64,9 @@ OPERATORS = {
     "PromptedImageEditGenerator": (
         "dataflow.operators.core_vision.prompted_image_edit_generator:PromptedImageEditGenerator"
     ),
+    "ImageEvaluator": "dataflow.operators.core_vision.image_evaluator:ImageEvaluator",
+    "ScoreFilter": "dataflow.operators.core_vision.score_filter:ScoreFilter",
+    "DuplicateFilter": "dataflow.operators.core_vision.duplicate_filter:DuplicateFilter",
 }
 
 _TASKS = {"Text2ImageGenerator": "text2image", "PromptedImageEditGenerator": "imageedit"}

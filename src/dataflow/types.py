@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -314,6 +314,8 @@ class Plan:
         fold: the row with its outcomes in it, or :class:`Drop`.
         serving: who makes it; None for a step that only folds (a filter).
         seed: the run seed, mixed into every derived seed.
+        prepare: looks over all rows before the first is folded, for a step without a serving that decides about a row
+            by the others.
     """
 
     name: str
@@ -323,6 +325,7 @@ class Plan:
     fold: Callable[[Row, Sequence[Outcome]], Row | Drop]
     serving: Serving | None = None
     seed: int = 0
+    prepare: Callable[[Iterable[Row | BadRow]], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,11 @@
 """What a row means: every operator turns rows into requests and outcomes back into rows."""
 
-from dataflow.operators.core_vision import PromptedImageEditGenerator, Text2ImageGenerator
+from dataflow.operators.core_vision import (
+    DuplicateFilter,
+    ImageEvaluator,
+    PromptedImageEditGenerator,
+    ScoreFilter,
+    Text2ImageGenerator,
+)
 
-__all__ = ["PromptedImageEditGenerator", "Text2ImageGenerator"]
+__all__ = ["DuplicateFilter", "ImageEvaluator", "PromptedImageEditGenerator", "ScoreFilter", "Text2ImageGenerator"]

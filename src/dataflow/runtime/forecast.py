@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from dataflow.metrics.agreement import wilson
 from dataflow.runtime.budget import dollars_of
 from dataflow.runtime.progress import human_bytes
 from dataflow.types import Forecast, Serving, Summary
 
-LEVEL = 1.96
-"""Standard deviations either side that hold 95 % of a normal distribution."""
 RESAMPLES = 2000
 
 
@@ -116,11 +114,8 @@ def _wall(seconds: list[float], requests: float, serving: Serving) -> float | No
 
 
 def _share(count: int, of: int) -> tuple[float, float, float]:
-    """Low, likely and high share: Wilson's interval, 95 %."""
-    share, square = count / of, LEVEL**2
-    middle = (share + square / (2 * of)) / (1 + square / of)
-    half = LEVEL / (1 + square / of) * math.sqrt(share * (1 - share) / of + square / (4 * of**2))
-    return max(0.0, middle - half), share, min(1.0, middle + half)
+    found = wilson(count, of)
+    return found.low, found.value, found.high
 
 
 def _duration(seconds: float) -> str:

@@ -9,7 +9,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import engine, imports, overhead, resume
+from benchmarks import api, engine, imports, overhead, resume
+
+PACKAGES = ("torch", "diffusers", "pillow", "orjson", "openai", "httpx2", "aiohttp")
 
 
 def main() -> None:
@@ -18,15 +20,16 @@ def main() -> None:
         "",
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), "
         f"Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "pillow", "orjson"))
+        + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         + ". Read ratios, not absolute times: the machine is shared.",
         "",
     ]
-    for benchmark in (overhead, engine, resume, imports):
+    for benchmark in (overhead, engine, resume, imports, api):
         print(f"{benchmark.__name__} ...", file=sys.stderr)
-        result = benchmark.run().markdown()
-        print(result)
-        parts.append(result)
+        found = benchmark.run()
+        for result in found if isinstance(found, list) else [found]:
+            print(result.markdown())
+            parts.append(result.markdown())
     Path(__file__).with_name("RESULTS.md").write_text("\n".join(parts), encoding="utf-8")
 
 

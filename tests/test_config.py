@@ -146,7 +146,7 @@ def test_the_file_itself(tmp_path, write):
         (
             'type = "fake"',
             "",
-            "[serving.f]: the key 'type' is missing; choose 'local', 'chat', 'openai_images', 'gemini', 'fake' or",
+            "[serving.f]: the key 'type' is missing; choose 'local', 'chat', ",
         ),
         ('type = "fake"', 'type = "fak"', "[serving.f]: type: there is no 'fak' (did you mean 'fake'?)"),
         ('type = "fake"', 'type = "no.such.module:X"', "'no.such.module' cannot be imported"),

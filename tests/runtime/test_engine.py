@@ -322,6 +322,8 @@ class TestFailures:
         assert job.run().done == 2
 
     def test_a_service_that_is_down_costs_no_request_its_attempts(self, job, monkeypatch):
+        # So few that no request can have used up its attempts, whichever is tried again first.
+        monkeypatch.setattr(limits, "DOWN_AFTER", 3)
         monkeypatch.setattr(limits, "backoff", lambda attempt: 0.001)
 
         class Down(FakeServing):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,11 @@ from typing import Any, Literal
 import pytest
 
 from dataflow import annotations, config
+from dataflow.acceptance import AcceptanceLoop
 from dataflow.errors import ConfigError
 from dataflow.operators import PromptedImageEditGenerator, Text2ImageGenerator
 from dataflow.serving.fake_serving import FakeServing
+from dataflow.serving.judge import alignment_rubric
 from dataflow.serving.local_image_gen_serving import LocalImageGenServing
 
 GOOD = """
@@ -262,3 +265,133 @@ def test_fits(value, hint, good):
 def test_described():
     hint = str | Sequence[str] | Literal["x"] | Mapping[str, int] | Path | None
     assert annotations.described(hint) == "text or a list or 'x' or a table"
+
+
+class TestOptionsOfABase:
+    """A constructor's ``**options`` are checked against the base they go to."""
+
+    def test_are_known_and_typed(self, tmp_path):
+        parsed = config.parse(
+            document(tmp_path, clip={"type": "clip", "batch_size": 8, "long_prompts": "refuse"}),
+            folder=tmp_path,
+            source="x",
+        )
+        serving = config.build(parsed).servings["clip"]
+        assert (serving.batch_size, serving.long_prompts) == (8, "refuse")
+        assert serving.vectors == str(tmp_path / "out" / "vectors")
+
+    @pytest.mark.parametrize(
+        ("key", "value", "told"),
+        [
+            ("batchsize", 8, "there is no key 'batchsize'.*did you mean 'batch_size'"),
+            ("batch_size", "8", "batch_size: expected a whole number"),
+            ("dtype", "fp64", "dtype: expected 'fp32' or 'bf16' or 'fp16'"),
+        ],
+    )
+    def test_or_told(self, tmp_path, key, value, told):
+        with pytest.raises(ConfigError, match=told):
+            config.parse(document(tmp_path, clip={"type": "clip", key: value}), folder=tmp_path, source="x")
+
+    def test_another_folder_for_the_vectors(self, tmp_path):
+        parsed = config.parse(
+            document(tmp_path, clip={"type": "clip", "vectors": "shared"}), folder=tmp_path, source="x"
+        )
+        assert config.build(parsed).servings["clip"].vectors == str(tmp_path / "shared")
+
+
+def document(folder, **servings):
+    (folder / "in.jsonl").write_text("{}\n")
+    return {
+        "storage": {"first_entry_file_name": str(folder / "in.jsonl"), "cache_path": str(folder / "out")},
+        "serving": servings,
+        "step": [{"operator": "ImageEvaluator", "serving": next(iter(servings))}],
+    }
+
+
+class TestAccept:
+    def loop(self, tmp_path, **accept):
+        given = document(tmp_path, fake={"type": "fake"})
+        given["step"] = [
+            {"operator": "Text2ImageGenerator"},
+            {"operator": "ScoreFilter", "input_score_key": "luck", "minimum": 0.5},
+        ]
+        return config.parse({**given, "accept": accept}, folder=tmp_path, source="x")
+
+    def test_repeats_the_steps(self, tmp_path):
+        parsed = self.loop(tmp_path, wanted=2, maximum=9)
+        loop = config.build(parsed).pipeline
+        assert isinstance(loop, AcceptanceLoop)
+        assert (loop.wanted.per_prompt, loop.wanted.maximum) == (2, 9)
+        again = tmp_path / "job.toml"
+        again.write_text(config.dump(parsed, tmp_path))
+        assert config.load(again).accept == parsed.accept
+
+    @pytest.mark.parametrize(
+        ("accept", "told"),
+        [
+            ({"wanted": "2"}, r"\[accept\]: wanted: expected a whole number"),
+            ({"quota": {"a": 1}}, r"\[accept\]: there is no key 'quota' \(did you mean 'quotas'\?\)"),
+            ({}, r"\[accept\]: give wanted"),
+            ({"wanted": 3, "maximum": 2}, r"\[accept\]: .*no less"),
+        ],
+    )
+    def test_or_told(self, tmp_path, accept, told):
+        with pytest.raises(ConfigError, match=told):
+            config.build(self.loop(tmp_path, **accept))
+
+
+class TestServicesOfServings:
+    def judge(self, tmp_path, **keys):
+        given = document(
+            tmp_path,
+            judge={"type": "judge", "service": "qwen", "rubric": "alignment"} | keys,
+            qwen={"type": "chat", "api_url": "http://127.0.0.1:1/v1", "model_name": "qwen"},
+        )
+        return config.parse(given, folder=tmp_path, source="x")
+
+    def test_a_judge_asks_a_service_that_gets_no_image_store(self, tmp_path):
+        parsed = self.judge(tmp_path)
+        built = config.build(parsed).servings
+        assert built["judge"].rubric == alignment_rubric()
+        assert built["judge"]._service.image_io is None
+        assert built["qwen"].image_io is not None  # it may draw as well
+        assert config.parse(tomllib.loads(config.dump(parsed, tmp_path)), folder=tmp_path, source="x") == parsed
+
+    def test_a_rubric_of_ones_own(self, tmp_path):
+        (tmp_path / "mine.toml").write_text(
+            'instruction = "Is {prompt} there?"\n[scales]\nthere = [0, 1]\nnice = [1, 5]\n'
+            "[weights]\nthere = 3\nnice = 1\n"
+        )
+        rubric = config.build(self.judge(tmp_path, rubric="mine.toml")).servings["judge"].rubric
+        assert rubric.scales == {"there": (0, 1), "nice": (1, 5)}
+        assert rubric.weights == {"there": 3.0, "nice": 1.0}
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("instruction = ", "no rubric can be read"),
+            ('instruction = "x"', "a rubric has an instruction and a table scales"),
+            ('instruction = "x"\n[scales]\na = 5', "a rubric has an instruction and a table scales"),
+            ('instruction = "x"\n[scales]\na = [5, 5]', "needs scores with scales"),
+            ('instruction = "x"\nscale = 1\n[scales]\na = [0, 5]', "there is no key 'scale'"),
+        ],
+    )
+    def test_what_is_no_rubric(self, tmp_path, text, told):
+        (tmp_path / "mine.toml").write_text(text)
+        with pytest.raises(ConfigError, match=rf"\[serving.judge\]: rubric: .*mine.toml: .*{told}"):
+            config.build(self.judge(tmp_path, rubric="mine.toml"))
+        with pytest.raises(ConfigError, match="no rubric can be read"):
+            config.build(self.judge(tmp_path, rubric="none.toml"))
+
+    @pytest.mark.parametrize(
+        ("keys", "told"),
+        [
+            ({"service": "qwin"}, r"there is no \[serving.qwin\] \(did you mean 'qwen'\?\)"),
+            ({"service": "judge"}, "'judge' asks another one itself"),
+            ({"service": 3}, "service: expected text"),
+            ({"rubric": 3}, "rubric: expected text"),
+        ],
+    )
+    def test_services_that_are_none(self, tmp_path, keys, told):
+        with pytest.raises(ConfigError, match=told):
+            self.judge(tmp_path, **keys)

@@ -23,6 +23,7 @@ from typing import NoReturn
 
 from dataflow import __version__
 from dataflow.commands.options import DEFAULT_FOLDER, add_job_options, add_pilot
+from dataflow.commands.scoring_options import add_scoring
 from dataflow.errors import CacheBusyError, DataflowError, RunStoppedError, ServingError, StepError
 
 NOT_ALL_DONE, USAGE, STOPPED, BUSY, INTERRUPTED = 1, 2, 3, 4, 130
@@ -53,6 +54,10 @@ _COMMANDS = {
     "status": ("status", "status"),
     "retry": ("job", "retry"),
     "replay": ("replay", "replay"),
+    "compare": ("compare", "compare"),
+    "calibrate": ("calibrate", "calibrate"),
+    "benchmark": ("benchmark", "benchmark"),
+    "distribution": ("distribution", "distributions"),
     "models": ("machine", "models"),
     "doctor": ("machine", "doctor"),
 }
@@ -208,6 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_making(add)
     _add_looking(add)
+    add_scoring(add, common, _Help)
     return parser
 
 

@@ -14,12 +14,21 @@
     hf_model_name_or_path = "black-forest-labs/FLUX.1-dev"
     batch_size = 4                         # all other keys are arguments of the class
 
+    [serving.judge]
+    type = "judge"
+    service = "qwen"                       # another [serving.NAME], which then answers with words
+    rubric = "rubric.toml"                 # or "alignment", "edit"
+
     [[step]]                               # in order
     operator = "Text2ImageGenerator"       # or "package.module:Class"
     serving = "flux"                       # may be left out where there is only one
     seed = 0
     input_conversation_key = "conversations"
     output_image_key = "images"
+
+    [accept]                               # arguments of AcceptanceLoop; optional: the steps are repeated until
+    wanted = 4                             # every prompt has so many images that the last step kept
+    maximum = 20
 
     [run]                                  # RunOptions; optional
     max_failed_fraction = 0.5
@@ -43,11 +52,13 @@ from typing import Any, NoReturn
 
 import tomli_w
 
+from dataflow.acceptance import AcceptanceLoop
 from dataflow.annotations import choices, converted, described, fits, hints_of
 from dataflow.errors import ConfigError
 from dataflow.io import ImageIO
 from dataflow.pipeline import Operator, Pipeline, Step, did_you_mean, listed
 from dataflow.runtime.engine import RunOptions
+from dataflow.serving.judge import RUBRICS, Rubric, read_rubric
 from dataflow.types import Serving
 from dataflow.utils.storage import FileStorage
 
@@ -57,6 +68,21 @@ SERVINGS = {
     "openai_images": "dataflow.serving.openai_image_serving:OpenAIImageServing",
     "gemini": "dataflow.serving.gemini_image_serving:GeminiImageServing",
     "image_probe": "dataflow.serving.image_probe:ImageProbeServing",
+    "embedding": "dataflow.serving.embedding:EmbeddingServing",
+    "clip": "dataflow.serving.clip:ClipServing",
+    "clip_edit": "dataflow.serving.clip:ClipEditServing",
+    "aesthetic": "dataflow.serving.clip:AestheticServing",
+    "pick_score": "dataflow.serving.clip:PickScoreServing",
+    "hps_v2": "dataflow.serving.clip:HPSv2Serving",
+    "local_vlm": "dataflow.serving.local_vlm_serving:LocalVLMServing",
+    "preservation": "dataflow.serving.preservation:PreservationServing",
+    "zero_shot_detection": "dataflow.serving.detection:ZeroShotDetectionServing",
+    "ocr": "dataflow.serving.ocr:OcrServing",
+    "nsfw": "dataflow.serving.nsfw:NsfwServing",
+    "pyiqa": "dataflow.serving.pyiqa_metric:PyiqaServing",
+    "judge": "dataflow.serving.judge:JudgeServing",
+    "answers": "dataflow.serving.answers:AnswerServing",
+    "pair_judge": "dataflow.serving.pair_judge:PairJudge",
     "fake": "dataflow.serving.fake_serving:FakeServing",
 }
 OPERATORS = {
@@ -65,6 +91,10 @@ OPERATORS = {
         "dataflow.operators.core_vision.prompted_image_edit_generator:PromptedImageEditGenerator"
     ),
     "ImageEvaluator": "dataflow.operators.core_vision.image_evaluator:ImageEvaluator",
+    "QuestionEvaluator": "dataflow.operators.core_vision.question_evaluator:QuestionEvaluator",
+    "EditEvaluator": "dataflow.operators.core_vision.edit_evaluator:EditEvaluator",
+    "ObjectEvaluator": "dataflow.operators.core_vision.object_evaluator:ObjectEvaluator",
+    "PairEvaluator": "dataflow.operators.core_vision.pair_evaluator:PairEvaluator",
     "ScoreFilter": "dataflow.operators.core_vision.score_filter:ScoreFilter",
     "DuplicateFilter": "dataflow.operators.core_vision.duplicate_filter:DuplicateFilter",
 }
@@ -75,9 +105,18 @@ _TASKS = {"Text2ImageGenerator": "text2image", "PromptedImageEditGenerator": "im
 _PATHS = frozenset({"first_entry_file_name", "cache_path", "save_path", "hf_cache_dir", "hf_local_dir", "log"}) | {
     "price_table",
     "model_table",
+    "vectors",
+    "head",
+    "checkpoint",
+    "lpips_weights",
+    "lpips_heads",
+    "dists_weights",
+    "dists_mixing",
 }
-_NAMES_OR_PATHS = frozenset({"hf_model_name_or_path", "lora"})
-_TABLES = ("storage", "images", "serving", "step", "run")
+_NAMES_OR_PATHS = frozenset({"hf_model_name_or_path", "lora", "rubric"})
+_SERVICE = "service"
+"""The argument of a serving that names another one."""
+_TABLES = ("storage", "images", "serving", "step", "accept", "run")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +160,7 @@ class PipelineConfig:
         servings: by name.
         steps: in order.
         run: how steps are run.
+        accept: arguments of :class:`~dataflow.acceptance.AcceptanceLoop`; None runs the steps once.
     """
 
     source: str
@@ -129,6 +169,7 @@ class PipelineConfig:
     servings: Mapping[str, ServingConfig]
     steps: tuple[StepConfig, ...]
     run: Mapping[str, Any]
+    accept: Mapping[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
@@ -184,6 +225,8 @@ def parse(document: Mapping[str, Any], *, folder: Path, source: str) -> Pipeline
     images = {"save_path": str(Path(storage["cache_path"], "images")), **images}
     tables = _table(here, document, "serving", {})
     servings = {name: _serving(here / f"[serving.{name}]", table) for name, table in tables.items()}
+    for name in servings:
+        _check_service(here / f"[serving.{name}]", servings[name], servings)
     steps = document.get("step", [])
     if not isinstance(steps, list) or not steps:
         here.fail("at least one [[step]] is needed (two brackets each side)")
@@ -196,6 +239,7 @@ def parse(document: Mapping[str, Any], *, folder: Path, source: str) -> Pipeline
         servings=servings,
         steps=tuple(_step(here / f"[[step]] {n}", table, servings) for n, table in enumerate(steps, 1)),
         run=run,
+        accept=_accept(here / "[accept]", document.get("accept")),
     )
 
 
@@ -212,12 +256,7 @@ def build(config: PipelineConfig, options: RunOptions | None = None) -> Job:
     here = _Place(config.source)
     storage = _construct(here / "[storage]", FileStorage, config.storage)
     images = _construct(here / "[images]", ImageIO, config.images)
-    servings: dict[str, Serving] = {}
-    for name, serving in config.servings.items():
-        place = here / f"[serving.{name}]"
-        kind = _class(place, "type", serving.type, SERVINGS)
-        given = {"image_io": images} if "image_io" in _parameters(kind) else {}
-        servings[name] = _construct(place, kind, {**serving.arguments, **given})
+    servings = {name: _built(here, name, config, images) for name in config.servings}
     steps = []
     for number, step in enumerate(config.steps, 1):
         place = here / f"[[step]] {number}"
@@ -230,9 +269,32 @@ def build(config: PipelineConfig, options: RunOptions | None = None) -> Job:
         storage=storage,
         images=images,
         servings=servings,
-        pipeline=Pipeline(steps),
+        pipeline=Pipeline(steps) if config.accept is None else _loop(here / "[accept]", steps, config.accept),
         options=options or run_options(config),
     )
+
+
+def _built(here: _Place, name: str, config: PipelineConfig, images: ImageIO | None) -> Serving:
+    """One serving, with one of its own for each that it asks; those answer with words and get no ``images``."""
+    serving, place = config.servings[name], here / f"[serving.{name}]"
+    kind = _class(place, "type", serving.type, SERVINGS)
+    parameters, arguments = _parameters(kind), dict(serving.arguments)
+    if "image_io" in parameters and images is not None:
+        arguments["image_io"] = images
+    if "vectors" in parameters:
+        arguments.setdefault("vectors", str(config.folder / "vectors"))
+    if _SERVICE in arguments:
+        arguments[_SERVICE] = _built(here, arguments[_SERVICE], config, None)
+    if "rubric" in arguments:
+        arguments["rubric"] = _rubric(place, arguments["rubric"])
+    return _construct(place, kind, arguments)
+
+
+def _rubric(place: _Place, value: Any) -> Rubric:
+    try:
+        return RUBRICS[value]() if value in RUBRICS else read_rubric(value)
+    except ConfigError as error:
+        raise ConfigError(f"{place.label}: rubric: {error}") from error
 
 
 def run_options(config: PipelineConfig, **changes: Any) -> RunOptions:
@@ -247,6 +309,8 @@ def dump(config: PipelineConfig, folder: Path) -> str:
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - must not follow links
     document: dict[str, Any] = {"storage": config.storage, "images": config.images}
+    if config.accept:
+        document["accept"] = config.accept
     if config.run:
         document["run"] = config.run
     document["serving"] = {name: {"type": s.type, **s.arguments} for name, s in config.servings.items()}
@@ -298,6 +362,18 @@ def _serving(place: _Place, table: Any) -> ServingConfig:
     return ServingConfig(type=kind, arguments=_arguments(place, given, serving, skip=("image_io",)))
 
 
+def _check_service(place: _Place, serving: ServingConfig, servings: Mapping[str, ServingConfig]) -> None:
+    name = serving.arguments.get(_SERVICE)
+    if name is None:
+        return
+    if name not in servings:
+        place.fail(
+            f"service: there is no [serving.{name}]{did_you_mean(str(name), servings)}; there are {listed(servings)}"
+        )
+    if _SERVICE in servings[name].arguments:
+        place.fail(f"service: {name!r} asks another one itself; name that one")
+
+
 def _step(place: _Place, table: Any, servings: Mapping[str, ServingConfig]) -> StepConfig:
     if not isinstance(table, dict):
         place.fail(f"must be a table, found {_shown(table)}")
@@ -343,6 +419,18 @@ def _serving_of(
             " add a [serving.NAME] of its own (it may name the same model)"
         )
     return name
+
+
+def _accept(place: _Place, table: Any) -> dict[str, Any] | None:
+    if table is None:
+        return None
+    if not isinstance(table, dict):
+        place.fail(f"must be a table, found {_shown(table)}")
+    return _arguments(place, table, AcceptanceLoop, skip=("steps",))
+
+
+def _loop(place: _Place, steps: list[Step], arguments: Mapping[str, Any]) -> AcceptanceLoop:
+    return _construct(place, AcceptanceLoop, {"steps": steps, **arguments})
 
 
 def _in_range(place: _Place, run: Mapping[str, Any]) -> None:
@@ -391,11 +479,32 @@ def _construct(place: _Place, kind: Any, arguments: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{place.label}: {kind.__name__} does not take this: {error}") from error
 
 
+def _callables(function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """A class's constructors, from its own to that of the base its ``**options`` go to; any other function alone."""
+    if not isinstance(function, type):
+        return [function]
+    found = []
+    for kind in function.__mro__[:-1]:
+        if "__init__" in vars(kind):
+            found.append(vars(kind)["__init__"])
+            if not _takes_any(found[-1]):
+                break
+    return found or [function]
+
+
+def _takes_any(function: Callable[..., Any]) -> bool:
+    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(function).parameters.values())
+
+
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """What may be given by name."""
-    parameters = inspect.signature(function).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name: each for name, each in parameters.items() if name != "self" and each.kind in named}
+    found: dict[str, inspect.Parameter] = {}
+    for each in _callables(function):
+        for name, parameter in inspect.signature(each).parameters.items():
+            if name != "self" and parameter.kind in named:
+                found.setdefault(name, parameter)
+    return found
 
 
 def _arguments(
@@ -403,9 +512,14 @@ def _arguments(
 ) -> dict[str, Any]:
     """Keyword arguments for a function, checked against its signature, with absolute paths."""
     parameters = _parameters(function)
-    if not any(each.kind is each.VAR_KEYWORD for each in inspect.signature(function).parameters.values()):
+    if not _takes_any(_callables(function)[-1]):
         _known(place, given, [name for name in parameters if name not in skip], "key")
-    hints = hints_of(function)
+    # A serving that asks another one names it.
+    hints = {
+        name: str if name in (_SERVICE, "rubric") else hint
+        for each in reversed(_callables(function))
+        for name, hint in hints_of(each).items()
+    }
     for name, value in given.items():
         hint = hints.get(name, Any)
         if not fits(value, hint):

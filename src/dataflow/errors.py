@@ -17,6 +17,7 @@ DataflowError
 │   ├── BadOutputError          the model answered with something that is not an image
 │   └── FatalServingError       nothing can work any more (wrong key, broken model): stop the run
 └── RunStoppedError             the run ended before its last row; everything finished is kept
+    ├── BudgetSpentError
     ├── TooManyFailuresError
     └── RunInterruptedError     Ctrl-C; also a KeyboardInterrupt
 """
@@ -203,6 +204,10 @@ class RunStoppedError(DataflowError):
     def __init__(self, message: str, summary=None) -> None:
         super().__init__(message)
         self.summary = summary
+
+
+class BudgetSpentError(RunStoppedError):
+    """The budget does not hold another call."""
 
 
 class TooManyFailuresError(RunStoppedError):

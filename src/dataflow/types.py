@@ -316,6 +316,8 @@ class Plan:
         seed: the run seed, mixed into every derived seed.
         prepare: looks over all rows before the first is folded, for a step without a serving that decides about a row
             by the others.
+        folding: what the fold goes by beyond the outcomes, such as rules and thresholds: with another one the table is
+            written anew, though nothing was made.
     """
 
     name: str
@@ -326,6 +328,7 @@ class Plan:
     serving: Serving | None = None
     seed: int = 0
     prepare: Callable[[Iterable[Row | BadRow]], None] | None = None
+    folding: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

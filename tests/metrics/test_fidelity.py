@@ -126,6 +126,22 @@ def test_a_masked_ssim_equals_cutting_out(metric, pair):
     assert metric(first, second, mask) == pytest.approx(metric(first[5:30, 7:40], second[5:30, 7:40]), abs=1e-9)
 
 
+def test_a_masked_ssim_is_the_mean_of_scikit_images_map(pair, rng):
+    metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is the oracle here")
+    from scipy import ndimage
+
+    first, second = pair
+    mask = ndimage.binary_opening(ndimage.gaussian_filter(rng.normal(size=first.shape[:2]), 6) > 0, np.ones((13, 13)))
+    assert 0.1 < mask.mean() < 0.9
+    grays = [np.round(image @ np.array([0.2989, 0.5870, 0.1140])) for image in pair]
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    _, gray = metrics.structural_similarity(*grays, data_range=255, full=True, **settings)
+    _, colour = metrics.structural_similarity(first, second, data_range=255, channel_axis=2, full=True)
+    for found, values, window in ((fidelity.ssim, gray, 11), (fidelity.ssim_rgb, colour, 7)):
+        whole = ndimage.binary_erosion(mask, np.ones((window, window)), border_value=0)
+        assert found(first, second, mask) == pytest.approx(values[whole].mean(), abs=1e-12)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_unusable_arguments_are_told(metric, pair):
     first, second = pair

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dataflow.errors import MissingExtraError
-from dataflow.metrics import hashing
+from dataflow.metrics import grouping, hashing
 
 pytest.importorskip("scipy", reason="scipy joins the groups")
 
@@ -175,7 +175,7 @@ def test_pieces_are_bounded_and_complete(monkeypatch, rng):
     words = clustered(rng, 300)
     whole = hashing.duplicate_groups(words, 6)
     monkeypatch.setattr(hashing, "_CANDIDATES_AT_ONCE", 7)
-    monkeypatch.setattr(hashing, "_PAIRS_AT_ONCE", 3)
+    monkeypatch.setattr(grouping, "_PAIRS_AT_ONCE", 3)
     again = hashing.duplicate_groups(words, 6)
     assert again.labels.tolist() == whole.labels.tolist()
     assert max(len(left) for left, _, _ in hashing.near_pairs(words, 6)) <= 7

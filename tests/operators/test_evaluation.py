@@ -16,6 +16,7 @@ from dataflow.serving.image_probe import ImageProbeServing
 from dataflow.serving.scoring import ScoringServing
 from dataflow.types import Outcome
 from dataflow.utils.storage import FileStorage
+from dataflow.utils.vectors import VectorStore
 
 QUIET = RunOptions(quiet=True)
 
@@ -106,6 +107,14 @@ class TestScores:
         assert table[3]["score_error"] == ["parse_error: odd"]
         assert summary.rows == 8
 
+    def test_a_cell_that_holds_something_else_harms_its_own_row_only(self, bench):
+        rows = [{"images": 7, "conversations": "one"}, {"images": [bench.picture("a.png")], "conversations": "three"}]
+        summary = ImageEvaluator(Letters(), with_prompt=True, options=QUIET).run(bench.storage(*rows))
+        bad, good = bench.table()
+        assert (summary.done, summary.failed) == (1, 1)
+        assert (bad["score"], bad["score_status"], good["score"]) == (None, "failed", [5.0])
+        assert "expected an image path, found int" in bad["score_error"]
+
     def test_they_are_computed_once(self, bench):
         rows = [{"images": [bench.picture(f"{n}.png")], "conversations": f"thing {n}"} for n in range(5)]
         serving = Letters()
@@ -114,6 +123,21 @@ class TestScores:
         evaluator.run(bench.storage(*rows[::-1], {"images": [rows[0]["images"][0]], "conversations": "new"}))
         assert serving.asked == 6
         assert [row["score"] for row in bench.table()] == [[7.0]] * 5 + [[3.0]]
+
+    def test_other_rules_of_the_fold_write_the_table_anew(self, bench):
+        """Nothing is made, the table is the same: only the fold knows that it goes by something else now."""
+
+        class Fails(Letters):
+            def score(self, requests):
+                return [BadRequestError("odd") if request.seed else 1.0 for request in requests]
+
+        rows = [{"images": [bench.picture("a.png")], "conversations": "three"}]
+        for least, score in ((2, None), (1, 1.0)):
+            ImageEvaluator(Fails(), with_prompt=True, passes=2, min_passes=least, options=QUIET).run(
+                bench.storage(*rows) if least == 2 else bench.store.reset().step()
+            )
+            (row,) = bench.table()
+            assert (row["score"][0] or {}).get("value") == score
 
     def test_columns_of_objects(self):
         row = {"probe": [{"a": 1, "b": {"c": 2.5}}, None, {"a": None}], "word": "x"}
@@ -263,3 +287,55 @@ class TestDuplicates:
         for keys in ({"hash_name": "md5"}, {"distance": 40}):
             with pytest.raises(ConfigError):
                 DuplicateFilter().plan(**keys)
+
+
+class TestDuplicatesByVector:
+    @pytest.fixture
+    def rows(self, bench):
+        """Four pictures, two of them the same scene at another brightness, and one whose vector is missing."""
+        random = np.random.default_rng(0)
+        base = random.normal(size=(3, 8)).astype(np.float32)
+        vectors = [base[0], base[1], base[0] * 3 + 0.4, base[2]]
+        keys = [f"{number:064x}" for number in range(5)]
+        store = VectorStore(bench.folder / "vectors" / "model", 8)
+        store.add(keys[:4], np.stack(vectors))
+        store.close()
+        return [
+            {"images": [f"{n}.png"], "vector": [{"sha256": key, "store": "model", "worth": n}]}
+            for n, key in enumerate(keys)
+        ]
+
+    def kept(self, bench, rows, policy="drop", **keys):
+        DuplicateFilter(on_unknown=policy, options=QUIET).run(
+            bench.storage(*rows),
+            input_probe_key="vector",
+            hash_name="vector",
+            vectors=bench.folder / "vectors",
+            **keys,
+        )
+        return [row["images"][0] for row in bench.table()]
+
+    def test_one_of_each_group_stays(self, bench, rows):
+        assert self.kept(bench, rows[:4]) == ["0.png", "1.png", "3.png"]
+        assert self.kept(bench, rows[:4], priority_name="worth") == ["1.png", "2.png", "3.png"]
+        assert self.kept(bench, rows[:4], similarity=0.9995) == ["0.png", "1.png", "2.png", "3.png"]
+
+    def test_a_picture_without_a_vector_goes_by_policy(self, bench, rows):
+        assert "4.png" not in self.kept(bench, rows)
+        assert "4.png" in self.kept(bench, rows, policy="keep")
+        rows[0]["vector"] = [None]
+        assert self.kept(bench, rows, policy="keep") == ["0.png", "1.png", "2.png", "3.png", "4.png"]
+
+    def test_vectors_of_two_models_are_not_compared(self, bench, rows):
+        rows[1]["vector"][0]["store"] = "other"
+        with pytest.raises(InputError, match="two models"):
+            self.kept(bench, rows)
+        with pytest.raises(InputError, match="has the embedder run"):
+            self.kept(bench, rows[1:2])
+
+    @pytest.mark.parametrize(
+        "keys", [{"hash_name": "vector"}, {"vectors": "v"}, {"hash_name": "vector", "vectors": "v", "similarity": 0.0}]
+    )
+    def test_what_makes_no_sense(self, keys):
+        with pytest.raises(ConfigError):
+            DuplicateFilter().plan(**keys)

@@ -18,39 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflow.errors import MissingExtraError
+from dataflow.metrics.grouping import DuplicateGroups, Indices, groups_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Hashes = npt.NDArray[np.uint64]
-Indices = npt.NDArray[np.int64]
 
 MAX_DISTANCE = 10
 """Beyond this, pictures with the same hash distance seldom look the same, and the search grows slow."""
 
 _BANDS = 3
 _CANDIDATES_AT_ONCE = 2**21
-_PAIRS_AT_ONCE = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class DuplicateGroups:
-    """Which pictures look the same.
-
-    Args:
-        labels: shape (n,), the group of each picture; groups are numbered by their first member.
-        representatives: shape (groups,), the index of the picture that stands for each group.
-    """
-
-    labels: Indices
-    representatives: Indices
-
-    @property
-    def kept(self) -> npt.NDArray[np.bool_]:
-        """Shape (n,), whether a picture stands for its group: what is left without duplicates."""
-        kept = np.zeros(len(self.labels), dtype=np.bool_)
-        kept[self.representatives] = True
-        return kept
 
 
 def phash(image: Image) -> int:
@@ -153,45 +132,8 @@ def duplicate_groups(hashes: npt.ArrayLike, distance: int, priority: npt.ArrayLi
     words = as_hashes(hashes)
     # Equal hashes first: a data set with a hundred thousand white pictures has five thousand million pairs of them.
     unique, of_unique = np.unique(words, return_inverse=True)
-    labels = np.arange(len(unique))
-    waiting: list[tuple[Indices, Indices]] = []
-    for left, right, _ in near_pairs(unique, distance):
-        waiting.append((left, right))
-        if sum(len(one) for one, _ in waiting) >= _PAIRS_AT_ONCE:
-            labels = _joined(labels, waiting)
-            waiting = []
-    labels = _joined(labels, waiting)[of_unique.ravel()]
-    _, first_members, labels = np.unique(labels, return_index=True, return_inverse=True)
-    order = np.argsort(first_members, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    labels = rank[labels.ravel()].astype(np.int64)
-    return DuplicateGroups(labels, _representatives(labels, first_members[order].astype(np.int64), priority))
-
-
-def _representatives(labels: Indices, first_members: Indices, priority: npt.ArrayLike | None) -> Indices:
-    if priority is None:
-        return first_members
-    worth = np.asarray(priority, dtype=np.float64)
-    if worth.shape != labels.shape or np.isnan(worth).any():
-        raise ValueError(f"priority: expected {len(labels)} numbers without NaN, not shape {worth.shape}")
-    order = np.lexsort((np.arange(len(labels)), -worth, labels))
-    return order[np.searchsorted(labels[order], np.arange(len(first_members)))].astype(np.int64)
-
-
-def _joined(labels: Indices, pairs: list[tuple[Indices, Indices]]) -> Indices:
-    if not pairs:
-        return labels
-    try:
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-    except ImportError as error:
-        raise MissingExtraError("scipy", "metrics", "grouping duplicates") from error
-    left = labels[np.concatenate([one for one, _ in pairs])]
-    right = labels[np.concatenate([other for _, other in pairs])]
-    ones = np.ones(len(left), dtype=np.bool_)
-    graph = coo_array((ones, (left, right)), shape=(len(labels), len(labels)))
-    return connected_components(graph, directed=False)[1].astype(np.int64)[labels]
+    pairs = ((left, right) for left, right, _ in near_pairs(unique, distance))
+    return groups_of(pairs, of_unique.ravel(), priority)
 
 
 @dataclass(frozen=True, slots=True)

@@ -357,11 +357,12 @@ def _spatial_rule(one: Box, other: Box, relation: str) -> float:
         along = -along
     if along <= abs(aside):
         return 0.0
-    overlap = _iou(one, other)
+    overlap = iou(one, other)
     return 1.0 if overlap < _LOOSE_IOU else _LOOSE_IOU / overlap
 
 
-def _iou(one: Box, other: Box) -> float:
+def iou(one: Box, other: Box) -> float:
+    """Intersection over union of two boxes, 0 to 1; 0 for boxes without an area."""
     width = max(0.0, min(one[2], other[2]) - max(one[0], other[0]))
     height = max(0.0, min(one[3], other[3]) - max(one[1], other[1]))
     shared = width * height

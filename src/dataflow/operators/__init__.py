@@ -2,10 +2,24 @@
 
 from dataflow.operators.core_vision import (
     DuplicateFilter,
+    EditEvaluator,
     ImageEvaluator,
+    ObjectEvaluator,
+    PairEvaluator,
     PromptedImageEditGenerator,
+    QuestionEvaluator,
     ScoreFilter,
     Text2ImageGenerator,
 )
 
-__all__ = ["DuplicateFilter", "ImageEvaluator", "PromptedImageEditGenerator", "ScoreFilter", "Text2ImageGenerator"]
+__all__ = [
+    "DuplicateFilter",
+    "EditEvaluator",
+    "ImageEvaluator",
+    "ObjectEvaluator",
+    "PairEvaluator",
+    "PromptedImageEditGenerator",
+    "QuestionEvaluator",
+    "ScoreFilter",
+    "Text2ImageGenerator",
+]

@@ -77,7 +77,10 @@ def with_scores(
         by: who scored.
         per_picture: the scores have the shape of the image column; False for one score of the row.
     """
-    paths = pictures(row, image_key) if per_picture else [""]
+    try:
+        paths = pictures(row, image_key) if per_picture else [""]
+    except InputError:  # what else the column holds: then there is the one outcome that says so
+        paths = [""]
     found = [_score(outcome) for outcome in outcomes]
     if not paths or not found:
         found = [(None, without_pictures(row, image_key), "")]

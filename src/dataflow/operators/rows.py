@@ -90,6 +90,18 @@ def mask_path(row: Row, column: str) -> str | None:
     return mask
 
 
+def sample_count(row: Row, column: str | None, default: int) -> int:
+    """How many images a row asks for: what its column says, or the default where there is no such column.
+
+    Raises:
+        InputError: the cell holds no whole number from 0.
+    """
+    if column is None:
+        return default
+    number = _integer(row, column, least=0)
+    return default if number is None else number
+
+
 def overrides(row: Row) -> dict[str, Any]:
     """The keyword arguments of a :class:`~dataflow.types.Draft` that the row's own columns set.
 

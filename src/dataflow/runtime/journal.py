@@ -22,7 +22,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class Index:
     """What the journal says of every request, small enough for a million of them.
 
     Request ids are held as their 16 bytes. A request with exactly one image under its own name (nearly all) is one
-    integer; the few others keep their record.
+    integer; an answer of words alone is its bytes; the few others keep their record.
 
     Attributes:
         endings: requests that ended without an image.
@@ -99,6 +99,7 @@ class Index:
 
     packed: dict[bytes, int] = field(default_factory=dict)
     records: dict[bytes, dict[str, Any]] = field(default_factory=dict)
+    texts: dict[bytes, bytes] = field(default_factory=dict)
     endings: dict[bytes, Ending] = field(default_factory=dict)
     starts: dict[bytes, int] = field(default_factory=dict)
     alone: dict[bytes, int] = field(default_factory=dict)
@@ -122,14 +123,18 @@ class Index:
 
     def add_done(self, key: bytes, record: dict[str, Any]) -> None:
         images = record.get("img", ())
-        self.endings.pop(key, None)
+        for table in (self.endings, self.records, self.texts):
+            table.pop(key, None)
+        if not images:
+            self.packed[key] = 0
+            self.texts[key] = record.get("text", "").encode()
+            return
         if len(images) == 1 and "text" not in record:
             image = images[0]
             name = image["name"]
             flags = _OWN_NAME.get(name[_STEM.stop :])
             if flags is not None and name[_STEM] == record["k"]:
                 self.packed[key] = image["bytes"] << _FLAG_BITS | flags
-                self.records.pop(key, None)
                 return
         self.packed[key] = sum(image["bytes"] for image in images) << _FLAG_BITS
         self.records[key] = {"img": images, "text": record.get("text")}
@@ -142,7 +147,7 @@ class Index:
     def sums(self, key: bytes) -> tuple[int, int]:
         """Number of a request's images and their bytes together."""
         value = self.packed[key]
-        return 1 if value & _ONE_IMAGE else len(self.records[key]["img"]), value >> _FLAG_BITS
+        return 1 if value & _ONE_IMAGE else len(self._images(key)), value >> _FLAG_BITS
 
     def names(self, key: bytes) -> list[str]:
         """File names of a done request's images, relative to their store."""
@@ -150,9 +155,15 @@ class Index:
         if value & _ONE_IMAGE:
             stem = key.hex()
             return [f"{stem[:2]}/{stem}{_SUFFIXES[value >> 2 & 3]}"]
-        return [image["name"] for image in self.records[key]["img"]]
+        return [image["name"] for image in self._images(key)]
+
+    def _images(self, key: bytes) -> Sequence[Mapping[str, Any]]:
+        return () if key in self.texts else self.records[key]["img"]
 
     def text(self, key: bytes) -> str | None:
+        """The words of a done request's answer, None where it has none."""
+        if key in self.texts:
+            return self.texts[key].decode()
         record = self.records.get(key)
         return record["text"] if record else None
 
@@ -179,6 +190,8 @@ class Index:
                     continue
             if name in others:
                 others[name] = size
+        for key in self.texts:
+            packed[key] |= _SEEN
         for key, record in self.records.items():
             if all(others[image["name"]] == image["bytes"] for image in record["img"]):
                 packed[key] |= _SEEN
@@ -211,12 +224,12 @@ class Index:
         elif status in ("refused", "failed"):
             key = bytes.fromhex(record["k"])
             self.endings[key] = Ending(status, record["reason"], record["msg"])
-            for table in (self.packed, self.records, self.starts, self.alone, self.jobs):
+            for table in (self.packed, self.records, self.texts, self.starts, self.alone, self.jobs):
                 table.pop(key, None)
         elif status == "forget":
             for text in record["ks"]:
                 key = bytes.fromhex(text)
-                for table in (self.packed, self.records, self.endings, self.starts, self.alone):
+                for table in (self.packed, self.records, self.texts, self.endings, self.starts, self.alone):
                     table.pop(key, None)
 
 

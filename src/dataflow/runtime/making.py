@@ -11,6 +11,7 @@ from typing import Protocol
 from dataflow.errors import (
     BadOutputError,
     BadRequestError,
+    BudgetSpentError,
     FatalServingError,
     OutOfMemoryError,
     RateLimitError,
@@ -132,7 +133,7 @@ class Maker:
         async with at.room.enter(alone=requests[0].request_id in self._deadly):
             held = await self.budget.hold([self.serving.estimate(request) for request in requests])
             if held is None:
-                self.run.stop(RunStoppedError(f"stopped: {self.budget.spent_up()}"))
+                self.run.stop(BudgetSpentError(f"stopped: {self.budget.spent_up()}"))
                 return None
             paid, result = 0.0, None
             try:

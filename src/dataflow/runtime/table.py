@@ -38,7 +38,8 @@ def write(plan: Plan, storage: FileStorage, planner: Planner, signature: Mapping
     tally = planner.tally
     store = planner.serving.image_io
     place = store.path("") if store else ""
-    state = hashlib.sha256(json.dumps([plan.name, plan.outputs, signature, place], sort_keys=True).encode())
+    facts = [plan.name, plan.outputs, plan.folding, signature, place]
+    state = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     state.update(planner.book.keys)
     state.update(planner.book.counts.tobytes())
     state.update(repr(sorted(planner.index.endings.items())).encode(errors="replace"))

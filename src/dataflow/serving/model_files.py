@@ -82,7 +82,7 @@ def locate(
     text = os.fspath(name)
     if text.startswith("builtin:"):
         folder = _BUILTIN_ROOT / text.removeprefix("builtin:")
-        if not (folder / INDEX).is_file():
+        if not (folder / INDEX).is_file() and not (folder / "config.json").is_file():
             raise ConfigError(f"there is no built-in model {text!r}; built in: {', '.join(builtin_models()) or 'none'}")
         return ModelFiles(name=text, folder=folder)
     folder = Path(text).expanduser()
@@ -178,6 +178,37 @@ def fetch(files: ModelFiles, index: Mapping[str, Any], *, variant: str | None = 
         folder = _download(files, index, variant)
     check_components(folder, index)
     return folder
+
+
+def download(files: ModelFiles, patterns: Sequence[str], *, fallback: str) -> Path:
+    """The folder, in the Hub's cache, with the files of a hub model whose names fit.
+
+    Args:
+        files: a hub model.
+        patterns: names, with ``*``; those that are not there are not missed.
+        fallback: names of weights to take where the repository has no safetensors.
+
+    Raises:
+        ConfigError: they cannot be fetched.
+    """
+    hub = _hub()
+
+    def snapshot(names: Sequence[str]) -> Path:
+        return Path(
+            hub.snapshot_download(
+                files.name,
+                revision=files.revision,
+                cache_dir=files.cache_dir,
+                allow_patterns=list(names),
+                local_files_only=files.offline,
+            )
+        )
+
+    try:
+        folder = snapshot(patterns)
+        return folder if any(folder.rglob("*.safetensors")) else snapshot([*patterns, fallback])
+    except _unreachable(hub) as error:
+        raise ConfigError(_cannot_fetch(files, error)) from error
 
 
 def check_components(folder: Path, index: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dataflow.operators.rows import image_paths, mask_path, overrides, user_turns, with_images
+from dataflow.operators.rows import image_paths, mask_path, overrides, sample_count, user_turns, with_images
 from dataflow.runtime.engine import RunOptions, execute
 from dataflow.types import Draft, Outcome, Plan, Row, Serving, Summary
 from dataflow.utils.storage import FileStorage
@@ -36,6 +36,7 @@ class PromptedImageEditGenerator:
         input_conversation_key: str = "conversations",
         output_image_key: str = "edited_images",
         input_mask_key: str | None = None,
+        input_samples_key: str | None = None,
     ) -> Plan:
         """The step as a description.
 
@@ -46,6 +47,7 @@ class PromptedImageEditGenerator:
                 stand in ``{output_image_key}_turns`` where there are several.
             input_mask_key: column with the path of a mask for the first image, for models that take one; an empty cell
                 means none. The mask goes with the first turn.
+            input_samples_key: column with how many images a row gets, in place of the serving's ``images_per_prompt``.
         """
 
         def requests(row: Row) -> list[Draft]:
@@ -54,21 +56,26 @@ class PromptedImageEditGenerator:
             mask = None if input_mask_key is None else mask_path(row, input_mask_key)
             settings = overrides(row)
             drafts: list[Draft] = []
-            for sample in range(self.pipe.images_per_prompt):
+            for sample in range(sample_count(row, input_samples_key, self.pipe.images_per_prompt)):
                 drafts.append(Draft(prompt=turns[0], images=images, mask=mask, sample=sample, **settings))
                 for prompt in turns[1:]:
                     drafts.append(Draft(prompt=prompt, sample=sample, after=len(drafts) - 1, **settings))
             return drafts
 
         def fold(row: Row, outcomes: Sequence[Outcome]) -> Row:
+            wanted = sample_count(row, input_samples_key, self.pipe.images_per_prompt) if len(outcomes) > 1 else 1
             # A row that could not be used comes with one failure, whatever it asked for.
-            turns = len(outcomes) // self.pipe.images_per_prompt or 1
+            turns = len(outcomes) // wanted or 1
             samples = [outcomes[first : first + turns] for first in range(0, len(outcomes), turns)]
             return with_images(row, output_image_key, samples)
 
         return Plan(
             name=type(self).__name__,
-            inputs=(input_image_key, input_conversation_key, *([input_mask_key] if input_mask_key else [])),
+            inputs=(
+                input_image_key,
+                input_conversation_key,
+                *(key for key in (input_mask_key, input_samples_key) if key is not None),
+            ),
             outputs=(output_image_key,),
             requests=requests,
             fold=fold,

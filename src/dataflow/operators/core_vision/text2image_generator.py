@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dataflow.errors import InputError
-from dataflow.operators.rows import overrides, user_turns, with_images
+from dataflow.operators.rows import overrides, sample_count, user_turns, with_images
 from dataflow.runtime.engine import RunOptions, execute
 from dataflow.types import Draft, Outcome, Plan, Row, Serving, Summary
 from dataflow.utils.storage import FileStorage
@@ -28,12 +28,20 @@ class Text2ImageGenerator:
         self.seed = seed
         self.options = options
 
-    def plan(self, *, input_conversation_key: str = "conversations", output_image_key: str = "images") -> Plan:
+    def plan(
+        self,
+        *,
+        input_conversation_key: str = "conversations",
+        output_image_key: str = "images",
+        input_samples_key: str | None = None,
+    ) -> Plan:
         """The step as a description.
 
         Args:
             input_conversation_key: column with the prompt: a string, or messages of which the user turn is drawn.
             output_image_key: column that gets the list of image paths.
+            input_samples_key: column with how many images a row gets, in place of the serving's ``images_per_prompt``.
+                A larger number makes the further ones only.
         """
 
         def requests(row: Row) -> list[Draft]:
@@ -44,14 +52,15 @@ class Text2ImageGenerator:
                     field=input_conversation_key,
                 )
             settings = overrides(row)
-            return [Draft(prompt=turns[0], sample=sample, **settings) for sample in range(self.pipe.images_per_prompt)]
+            samples = sample_count(row, input_samples_key, self.pipe.images_per_prompt)
+            return [Draft(prompt=turns[0], sample=sample, **settings) for sample in range(samples)]
 
         def fold(row: Row, outcomes: Sequence[Outcome]) -> Row:
             return with_images(row, output_image_key, [(outcome,) for outcome in outcomes])
 
         return Plan(
             name=type(self).__name__,
-            inputs=(input_conversation_key,),
+            inputs=(input_conversation_key, *([input_samples_key] if input_samples_key else [])),
             outputs=(output_image_key,),
             requests=requests,
             fold=fold,

@@ -100,16 +100,31 @@ def answer(call: Call) -> Reply:
 
 
 def logprobs(text: str, top: int) -> dict[str, Any]:
-    """Log-probabilities as chat completions give them: ``top`` alternatives per token, digits against digits."""
+    """Log-probabilities as chat completions give them: ``top`` alternatives per token, of its own kind.
+
+    Digits stand against digits; yes against itself with a space before it and against no, and no likewise.
+    """
     content = []
     for token in re.findall(r"\d|[^\W\d]+|\s+|[^\w\s]", text):
-        others = [digit for digit in "0123456789" if digit != token] if token.isdigit() else ["the", "a", "of"]
+        others = _others(token)
         options = [(token, 0.8), *((other, 0.2 / len(others)) for other in others)]
         entries = [
             {"token": option, "logprob": math.log(share), "bytes": list(option.encode())} for option, share in options
         ]
         content.append({**entries[0], "top_logprobs": entries[:top]})
     return {"content": content, "refusal": None}
+
+
+def _others(token: str) -> list[str]:
+    """What the model might have said in place of a token."""
+    if token.isdigit():
+        return [digit for digit in "0123456789" if digit != token]
+    match token.casefold():
+        case "yes":
+            return [f" {token}", "No"]
+        case "no":
+            return [f" {token}", "Yes"]
+    return ["the", "a", "of"]
 
 
 def _message(message: Mapping[str, Any], param: str) -> tuple[str, list[bytes]]:

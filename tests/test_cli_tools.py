@@ -85,6 +85,15 @@ def test_demo_with_its_model(dataflow):
     assert code == 0
     assert Path("here/contact_sheet.png").is_file()
     assert "dataflow generate" in out
+    told = [line for line in out.splitlines() if line.startswith("  ")]
+    assert out.startswith(f"48 pictures, {len(told)} of them not what was asked for:\n")
+    assert 1 <= len(told) <= 8
+    assert all("expected 1 " in line or "alignment" in line for line in told)
+    rows = FileStorage("here/dataflow_cache_step_step6.jsonl").step().read("dict")
+    assert all(len(row["images"]) == len(row["edited_images"]) == 1 for row in rows)
+    assert all(row["objects"][0]["value"] == 1.0 and row["clip"][0]["alignment"] >= 0.1 for row in rows)
+    assert dataflow("status", "here")[0] == 0
+    assert dataflow("replay", rows[0]["images"][0])[0] == 0
 
 
 # replay ------------------------------------------------------------------------------------------------------------

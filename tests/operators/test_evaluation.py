@@ -339,3 +339,14 @@ class TestDuplicatesByVector:
     def test_what_makes_no_sense(self, keys):
         with pytest.raises(ConfigError):
             DuplicateFilter().plan(**keys)
+
+
+def test_an_iteration_that_ends_inside_a_score_does_not_hang_the_run(bench):
+    class Ends(Letters):
+        def score(self, requests):
+            return [next(iter(()))]
+
+    rows = [{"images": [bench.picture("a.png")], "conversations": "three"}]
+    summary = ImageEvaluator(Ends(), options=QUIET).run(bench.storage(*rows))
+    assert summary.failed == 1
+    assert "StopIteration" in bench.table()[0]["score_error"][0]

@@ -110,8 +110,9 @@ def test_the_sum_in_words():
 def test_what_is_nothing_is_left_out():
     assert describe(Summary(step="s", rows=1, done=1)).splitlines() == [
         "s: 1 rows = 1 done + 0 refused + 0 failed + 0 pending",
-        "  0 images (0 B); this run made 0 in 0.0 s",
+        "  in 0.0 s",
     ]
+    assert describe(Summary(step="s", rows=1, failed=1)).splitlines()[1] == "  0 images (0 B); this run made 0 in 0.0 s"
 
 
 @pytest.mark.parametrize(

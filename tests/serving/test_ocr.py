@@ -113,7 +113,7 @@ class TestReading:
         [found] = answers(serving, request(path))
         assert found["text"].split() == ["WELCOME", "home"]
         boxes = np.array([line["box"] for line in found["lines"]])
-        assert np.abs(np.subtract([*boxes.min(axis=0)[:2], *boxes.max(axis=0)[2:]], ink)).max() < 40
+        assert np.abs(np.subtract([*boxes.min(axis=0)[:2], *boxes.max(axis=0)[2:]], ink)).max() < 20
         assert boxes.max() <= 500
         assert boxes[:, 3].max() <= 50
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dataflow import config as configuration
 from dataflow.commands.folder import exit_code, launch, load_job, shown
 from dataflow.commands.options import serving_table
 from dataflow.config import PipelineConfig
+from dataflow.contact_sheet import Item, contact_sheet
 from dataflow.errors import ConfigError, InputError
 from dataflow.pipeline import did_you_mean, listed, table_columns
 from dataflow.runtime.journal import Journal
@@ -28,6 +29,47 @@ PROMPT_COLUMNS = ("conversations", "prompt", "text", "caption")
 INSTRUCTION_COLUMNS = ("conversations", "instruction", "edit", "prompt")
 IMAGE_COLUMNS = ("images", "image")
 SHEET_CELL = 128
+LEAST_ALIGNMENT = 0.1
+"""Of the built-in CLIP: below it, hardly a picture of the built-in model is right."""
+
+_DRAW = {"operator": "Text2ImageGenerator", "serving": "draw"}
+_EDIT = {"operator": "PromptedImageEditGenerator", "serving": "edit", "input_conversation_key": "edit"}
+_FAKE_DEMO = {
+    "serving": {"draw": {"type": "fake", "batch_size": 4}, "edit": {"type": "fake", "batch_size": 4}},
+    "step": [_DRAW, _EDIT],
+}
+_TINY_FLUX = {"type": "local", "hf_model_name_or_path": "builtin:tiny-flux", "batch_size": 4}
+_DEMO = {
+    "serving": {
+        "draw": {**_TINY_FLUX, "diffuser_num_images_per_prompt": 3},
+        "clip": {"type": "clip"},
+        "owl": {"type": "zero_shot_detection", "hf_model_name_or_path": "builtin:tiny-owl"},
+        "edit": {**_TINY_FLUX, "Image_gen_task": "imageedit"},
+    },
+    "step": [
+        _DRAW,
+        {"operator": "ImageEvaluator", "serving": "clip", "with_prompt": True, "output_key": "clip"},
+        {
+            "operator": "ObjectEvaluator",
+            "serving": "owl",
+            "colours": "query",
+            "threshold": 0.3,
+            "counting_threshold": 0.3,
+            "max_overlap": 0.5,
+        },
+        {"operator": "ScoreFilter", "on_unknown": "drop", "input_score_key": "objects.value", "minimum": 1.0},
+        {
+            "operator": "ScoreFilter",
+            "on_unknown": "drop",
+            "input_score_key": "clip.alignment",
+            "minimum": LEAST_ALIGNMENT,
+            "top_k": 1,
+        },
+        _EDIT,
+    ],
+}
+_SCORED = 2
+"""The step of the demo whose table has all pictures with all scores."""
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -84,27 +126,26 @@ def retry(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Pictures from prompts and edits of those pictures, with the built-in model."""
+    """Pictures from prompts, scored, filtered and edited, with the models in the package."""
     out = Path(args.output)
     table = out / "input" / "demo.jsonl"
     data = resources.files("dataflow").joinpath("builtin", "demo.jsonl").read_bytes()
-    model = {"type": "fake"} if args.fake else {"type": "local", "hf_model_name_or_path": "builtin:tiny-flux"}
-    serving = {**model, "batch_size": 4}
-    editing = {} if args.fake else {"Image_gen_task": "imageedit"}
     document = {
         "storage": {"first_entry_file_name": str(table), "cache_path": str(out)},
-        "serving": {"draw": serving, "edit": {**serving, **editing}},
-        "step": [
-            {"operator": "Text2ImageGenerator", "serving": "draw"},
-            {"operator": "PromptedImageEditGenerator", "serving": "edit", "input_conversation_key": "edit"},
-        ],
+        **(_FAKE_DEMO if args.fake else _DEMO),
     }
     if not args.quiet:
         prompts = data.count(b"\n")
-        print(f"{prompts} prompts, drawn and then edited by the model in the package …", file=sys.stderr)
+        print(f"{prompts} prompts, drawn, scored, filtered and edited by the models in the package …", file=sys.stderr)
     config = configuration.parse(document, folder=Path.cwd(), source="the demo")
     summaries = launch(config, args, {table.absolute(): data})
-    sheet = _draw_sheet(summaries[-1], config.folder / "contact_sheet.png")
+    rejected = [] if args.fake else list(_rejected(Path(str(summaries[_SCORED].output))))
+    sheet = _draw_sheet(summaries[-1], rejected, config.folder / "contact_sheet.png")
+    if not args.fake:
+        made = summaries[0].images
+        print(f"{made} pictures, {len(rejected)} of them not what was asked for:")
+        for item in rejected:
+            print(f"  {item.caption}")
     print(f"table:         {shown(Path(str(summaries[-1].output)))}")
     print(f"folder:        {shown(config.folder)}\ncontact sheet: {shown(sheet)}")
     print('try next:      dataflow generate "a blue star on a pink background" -o my_first')
@@ -246,10 +287,21 @@ def _reasons(folder: Path) -> set[str]:
     return found
 
 
-def _draw_sheet(summary: Summary, path: Path) -> Path:
-    """Prompts, the images made of them and the edits of those, on one picture."""
-    from dataflow.contact_sheet import contact_sheet
+def _rejected(table: Path) -> Iterator[Item]:
+    """Pictures that the object rules or the alignment speak against, with the reasons."""
+    for row in FileStorage(str(table)).step().iter_rows():
+        if isinstance(row, BadRow):
+            continue
+        for image, found, clip in zip(row["images"], row["objects"], row["clip"], strict=True):
+            reasons = ["not scored"] if found is None or clip is None else [*found["reasons"]]
+            if clip is not None and clip["alignment"] < LEAST_ALIGNMENT:
+                reasons.append(f"alignment {clip['alignment']:.2f}, less than {LEAST_ALIGNMENT}")
+            if reasons:
+                yield Item([image], f"{row['conversations'][0]['content']}: {'; '.join(reasons)}")
 
+
+def _draw_sheet(summary: Summary, rejected: Sequence[Item], path: Path) -> Path:
+    """Prompts, the images made of them and the edits of those, and what was rejected, on one picture."""
     if summary.output is None:
         raise ConfigError("the step wrote no table")
     items = []
@@ -258,6 +310,8 @@ def _draw_sheet(summary: Summary, path: Path) -> Path:
             continue
         made = [*row["images"], None][0], [*row["edited_images"], None][0]
         caption = f"{row['conversations'][0]['content']}\nthen: {row['edit']}"
-        items.append((made, caption))
-    contact_sheet(items, cell=SHEET_CELL, title="dataflow demo: from a prompt, then edited").save(path)
+        items.append(Item(made, caption))
+    rejected = [item._replace(caption=f"rejected: {item.caption}") for item in rejected]
+    title = "dataflow demo: from a prompt, then edited"
+    contact_sheet([*items, *rejected], cell=SHEET_CELL, title=title).save(path)
     return path

@@ -82,10 +82,13 @@ def describe(summary: Summary) -> str:
         lines.append("  not done, by reason: " + ", ".join(f"{name} {n}" for name, n in summary.reasons.items()))
     speed = f", {summary.made / summary.seconds:.1f} images/s" if summary.made and summary.seconds else ""
     adopted = f", {summary.adopted} adopted" if summary.adopted else ""
-    lines.append(
-        f"  {summary.images} images ({human_bytes(summary.bytes)}); this run made {summary.made}{adopted}"
-        f" in {summary.seconds:.1f} s{speed}"
-    )
+    if summary.images or not summary.done + summary.dropped:
+        lines.append(
+            f"  {summary.images} images ({human_bytes(summary.bytes)}); this run made {summary.made}{adopted}"
+            f" in {summary.seconds:.1f} s{speed}"
+        )
+    else:  # a step that scores or filters
+        lines.append(f"  in {summary.seconds:.1f} s")
     if summary.usd or summary.unpriced:
         lines.append(f"  {spending(summary.usd, summary.unpriced, summary.images)}")
     if summary.output:

@@ -28,7 +28,7 @@ from dataflow.errors import (
 from dataflow.serving import transformers_model
 from dataflow.serving.diffusers_options import import_library
 from dataflow.serving.diffusers_runner import choose_device
-from dataflow.serving.encoder import DTYPES
+from dataflow.serving.encoder import DTYPES, quiet
 from dataflow.serving.model_files import ModelFiles
 from dataflow.serving.pictures import read_picture
 from dataflow.serving.scoring import Scored, ScoringServing
@@ -247,18 +247,19 @@ class _Detector:
         self.device = choose_device(torch, device)
         self._dtype = getattr(torch, DTYPES[dtype])
         try:
-            self.kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-            if self.kind not in (*_OWLS, *_DINOS):
-                raise ConfigError(f"{folder} is {self.kind}; detectors are {', '.join((*_OWLS, *_DINOS))}")
-            if self.kind == "owlv2" and importlib.util.find_spec("scipy") is None:
-                raise MissingExtraError("scipy", "metrics", "preparing pictures for OWLv2")
-            self._model = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(
-                folder, dtype=self._dtype, local_files_only=True
-            )
-            self._processor = transformers.AutoImageProcessor.from_pretrained(
-                folder, local_files_only=True, backend="pil"
-            )
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            with quiet(transformers):
+                self.kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+                if self.kind not in (*_OWLS, *_DINOS):
+                    raise ConfigError(f"{folder} is {self.kind}; detectors are {', '.join((*_OWLS, *_DINOS))}")
+                if self.kind == "owlv2" and importlib.util.find_spec("scipy") is None:
+                    raise MissingExtraError("scipy", "metrics", "preparing pictures for OWLv2")
+                self._model = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(
+                    folder, dtype=self._dtype, local_files_only=True
+                )
+                self._processor = transformers.AutoImageProcessor.from_pretrained(
+                    folder, local_files_only=True, backend="pil"
+                )
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (*_LOAD_ERRORS, import_library("safetensors").SafetensorError) as error:
             raise FatalServingError(f"{folder} cannot be loaded as a detector: {error}") from error
         self._model.eval().requires_grad_(False).to(self.device)

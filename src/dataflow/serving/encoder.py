@@ -55,7 +55,7 @@ class Encoder:
         self._dtype = getattr(torch, DTYPES[dtype])
         try:
             # transformers warns that it takes its Pillow processors because torchvision is not there: so it should be.
-            with _quiet(transformers):
+            with quiet(transformers):
                 self._model = transformers.AutoModel.from_pretrained(folder, dtype=self._dtype, local_files_only=True)
                 self._processor = transformers.AutoImageProcessor.from_pretrained(
                     folder, local_files_only=True, backend="pil"
@@ -158,7 +158,7 @@ def _forward_names(model: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
-class _quiet:  # noqa: N801 - reads as a statement
+class quiet:  # noqa: N801 - reads as a statement
     """No progress bars and no advice from transformers."""
 
     def __init__(self, transformers: Any) -> None:

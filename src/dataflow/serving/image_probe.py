@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataflow.errors import BadRequestError, ImageError
-from dataflow.io import ImageIO
+from dataflow.errors import BadRequestError
 from dataflow.metrics import hashing, pixels
+from dataflow.serving.pictures import read_picture
 from dataflow.serving.scoring import Scored, ScoringServing
 from dataflow.types import GenerationRequest
 
@@ -56,12 +56,11 @@ class ImageProbeServing(ScoringServing):
     def _measure(self, request: GenerationRequest) -> Scored:
         path = request.images[0]
         try:
-            picture = ImageIO(Path(path).parent).read(path)
+            picture = read_picture(path)
             with Image.open(path) as file:
                 kind, mode = file.format, file.mode
-        except (ImageError, OSError) as error:
-            reason = error.reason if isinstance(error, ImageError) else "unreadable"
-            return BadRequestError(str(error), reason=f"image_{reason}")
+        except BadRequestError as error:
+            return error
         found = asdict(pixels.measure(np.asarray(picture)))
         exposure = found.pop("exposure")
         return {

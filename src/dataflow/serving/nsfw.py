@@ -91,10 +91,12 @@ class NsfwServing(ScoringServing):
         """
         if self._model is None:
             raise FatalServingError("the serving is not set up: call setup() before generate()")
-        pictures = [_read(request.images[0]) for request in requests]
-        whole = [picture for picture in pictures if isinstance(picture, Image.Image)]
-        predictions = iter(self._model.classify_batch(whole, max_workers=1))
-        return [each if isinstance(each, ServingError) else _probability(next(predictions).nsfw) for each in pictures]
+        read = [_read(request.images[0]) for request in requests]
+        pictures = {number: each for number, each in enumerate(read) if isinstance(each, Image.Image)}
+        predictions = self._model.classify_batch(list(pictures.values()), max_workers=1)
+        found: dict[int, Scored] = {number: each for number, each in enumerate(read) if isinstance(each, ServingError)}
+        found |= {number: _probability(each.nsfw) for number, each in zip(pictures, predictions, strict=True)}
+        return [found[number] for number in range(len(requests))]
 
 
 def _read(path: str) -> Image.Image | BadRequestError:

@@ -34,9 +34,15 @@ class ScoringServing(Serving):
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """The scores as text."""
         started = time.perf_counter()
-        scores = await asyncio.to_thread(self.score, requests)
+        scores = await asyncio.to_thread(self._scores, requests)
         seconds = (time.perf_counter() - started) / max(1, len(requests))
         return [_result(score, seconds) for score in scores]
+
+    def _scores(self, requests: Sequence[GenerationRequest]) -> Sequence[Scored]:
+        try:
+            return self.score(requests)
+        except StopIteration as error:  # a future cannot carry it: whoever waits would wait for ever
+            raise RuntimeError("StopIteration left score()") from error
 
 
 def _result(score: Scored, seconds: float) -> GenerationResult:

@@ -14,7 +14,7 @@ from PIL import Image
 from dataflow.errors import BadRequestError, ConfigError, FatalServingError, OutOfMemoryError, RetryError, ServingError
 from dataflow.serving.diffusers_options import import_library
 from dataflow.serving.diffusers_runner import choose_device
-from dataflow.serving.encoder import DTYPES
+from dataflow.serving.encoder import DTYPES, quiet
 
 _STOPS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
@@ -87,10 +87,11 @@ class VisionLanguageModel:
         self._reading = threading.Lock()
         self.device = choose_device(torch, device)
         try:
-            self._processor = _processor(transformers, folder)
-            self._model = transformers.AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=getattr(torch, DTYPES[dtype]), local_files_only=True
-            )
+            with quiet(transformers):
+                self._processor = _processor(transformers, folder)
+                self._model = transformers.AutoModelForImageTextToText.from_pretrained(
+                    folder, dtype=getattr(torch, DTYPES[dtype]), local_files_only=True
+                )
         except _LOAD_ERRORS as error:
             raise FatalServingError(f"{folder} cannot be loaded as a vision-language model: {error}") from error
         if not self._processor.chat_template:

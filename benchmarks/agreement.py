@@ -1,4 +1,4 @@
-"""Do the offline scores know which of 2,000 pictures of the built-in model are right, and what is filtering by them worth?"""
+"""Do the offline scores know which of 2,000 pictures of the built-in model are right, and what is filtering worth?"""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def run(folder: Path = Path("build/agreement")) -> Result:
             _row("alignment, then object rules", both, right),
         ],
         notes=[
-            f"{COUNT:,} pictures of the built-in model, 12 steps, half of scenes that training never showed. Right is what "
-            "a person called right: eye.json says how they were judged.",
-            f"ROC-AUC of the alignment alone: {_auc(alignment[right], alignment[~right]):.3f}. Object rules know neither "
-            "backgrounds nor absolute places; the checker is strict with soft edges.",
+            f"{COUNT:,} pictures of the built-in model, 12 steps, half of scenes that training never showed.",
+            "Right is what a person called right; eye.json says how they were judged.",
+            f"ROC-AUC of the alignment alone: {_auc(alignment[right], alignment[~right]):.3f}.",
+            "Object rules know neither backgrounds nor absolute places; the checker is strict with soft edges.",
         ],
     )
 

@@ -394,3 +394,40 @@ def test_shares_are_rounded_down():
     assert [percent(share) for share in (0.99999, 1.0, 0.29, None)] == ["99.9 %", "100.0 %", "29.0 %", "–"]
     assert [significant(value) for value in (0.12345, 12345.678)] == ["0.1235", "12,345.7"]
     assert markdown_table(["a|b", "c"], [["1", "2"]]) == "| a\\|b | c |\n| --- | ---: |\n| 1 | 2 |"
+
+
+def test_a_benchmark_from_prompts_to_its_table(tmp_path, capsys):
+    pytest.importorskip("torch")
+    lines = [
+        {"tag": "colors", "include": [{"class": "star", "count": 1, "color": colour}], "prompt": f"a {colour} star"}
+        for colour in ("red", "blue")
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "steps.toml").write_text(
+        """
+        [serving.draw]
+        type = "fake"
+        [serving.owl]
+        type = "zero_shot_detection"
+        hf_model_name_or_path = "builtin:tiny-owl"
+        [[step]]
+        operator = "Text2ImageGenerator"
+        serving = "draw"
+        [[step]]
+        operator = "ObjectEvaluator"
+        serving = "owl"
+        colours = "query"
+        """
+    )
+    command = ["benchmark", "run", "geneval", str(tmp_path / "metadata.jsonl"), str(tmp_path / "steps.toml")]
+    assert cli.main([*command, "-o", str(tmp_path / "job"), "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("geneval: 2 prompts, 2 of 2 pictures scored\n")
+    assert "Colors" in out
+    assert (tmp_path / "job" / "job.toml").is_file()
+    made = sorted((tmp_path / "job" / "images").rglob("*.png"))
+    assert len(made) == 2
+    assert cli.main([*command, "-o", str(tmp_path / "job"), "--quiet"]) == 0
+    assert capsys.readouterr().out == out
+    assert cli.main(["benchmark", "report", "geneval", str(tmp_path / "job")]) == 0
+    assert capsys.readouterr().out == out

@@ -188,8 +188,12 @@ class Job:
     options: RunOptions
 
 
-def load(path: str | os.PathLike[str]) -> PipelineConfig:
+def load(path: str | os.PathLike[str], storage: Mapping[str, Any] | None = None) -> PipelineConfig:
     """Read and check a pipeline file.
+
+    Args:
+        path: of the file.
+        storage: in place of its ``[storage]`` table, with absolute paths; pictures then go beside the tables.
 
     Raises:
         ConfigError: it cannot be read or used; says file, table, key and what is allowed there.
@@ -203,6 +207,9 @@ def load(path: str | os.PathLike[str]) -> PipelineConfig:
         raise ConfigError(f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: is not TOML: {error}") from error
+    if storage is not None:
+        images = {key: value for key, value in document.get("images", {}).items() if key != "save_path"}
+        document |= {"storage": dict(storage), "images": images}
     return parse(document, folder=file.absolute().parent, source=str(file))
 
 

@@ -7,9 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import orjson
+
+from dataflow import config as configuration
 from dataflow.benchmark_reports import BenchmarkReport, Line, report
 from dataflow.commands.finished import finished_table
-from dataflow.commands.folder import shown
+from dataflow.commands.folder import launch, shown
 from dataflow.commands.layout import give, markdown_table, number, percent, text_table
 from dataflow.errors import ConfigError
 from dataflow.prompt_sets import load
@@ -21,8 +24,8 @@ _KINDS: dict[str, TableFormat] = {".jsonl": "jsonl", ".json": "json", ".csv": "c
 
 
 def benchmark(args: argparse.Namespace) -> int:
-    """Run ``prompts`` or ``report``."""
-    return _prompts(args) if args.action == "prompts" else _report(args)
+    """Run ``prompts``, ``report`` or ``run``."""
+    return {"prompts": _prompts, "report": _report, "run": _run}[args.action](args)
 
 
 def _prompts(args: argparse.Namespace) -> int:
@@ -40,7 +43,23 @@ def _prompts(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    table = finished_table(args.table)
+    return _reported(finished_table(args.table), args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    out = Path(args.output).absolute()
+    table = out / "input" / f"{args.format}.jsonl"
+    config = configuration.load(args.pipeline, {"first_entry_file_name": str(table), "cache_path": str(out)})
+    images = args.images or (out / "input" / "images" if args.format == "gedit" else None)
+    rows = b"".join(orjson.dumps(row) + b"\n" for row in load(args.format, args.path, images))
+    summaries = launch(config, args, {table: rows})
+    if summaries[-1].output is None:
+        print("a pilot: the same command without --pilot makes the rest", file=sys.stderr)
+        return 0
+    return _reported(Path(summaries[-1].output), args)
+
+
+def _reported(table: Path, args: argparse.Namespace) -> int:
     found = report(
         args.format, read_rows(table), scores=_scores(args.score or []), compat=args.compat, force=args.force
     )

@@ -23,6 +23,10 @@ from dataflow.serving.model_files import INDEX, builtin_models
 
 DISTRIBUTION = "open-dataflow"
 LEAST_FREE_BYTES = 1_000_000_000
+SCORERS = {
+    "builtin:tiny-clip": "says how well such a picture shows its caption",
+    "builtin:tiny-owl": "finds its shapes by name",
+}
 
 
 def models(args: argparse.Namespace) -> int:
@@ -40,6 +44,8 @@ def models(args: argparse.Namespace) -> int:
     print("built in:")
     for name in builtin_models() or ["(none: this installation lacks its model)"]:
         print(f"  {name}  draws and edits a few shapes, colours and places at 64 × 64")
+    for name, what in SCORERS.items():
+        print(f"  {name}  {what}")
     if args.hf_local_dir:
         print(f"\nin {args.hf_local_dir}:")
         for folder, name in local.items() or [("(no folder with a model_index.json)", "")]:

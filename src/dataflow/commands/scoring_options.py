@@ -140,14 +140,16 @@ def _add_benchmark(add: Any, common: argparse.ArgumentParser, formatter: Any) ->
         "benchmark",
         "prompts of a published benchmark, and its own table of the scores",
         "`prompts` makes a table of a published prompt set that you have; generating and scoring it\n"
-        "are ordinary steps; `report` makes the benchmark's own table of the result.\n"
+        "are ordinary steps; `report` makes the benchmark's own table of the result; `run` does all\n"
+        "three with the steps of a pipeline file, whose [storage] is left out of account.\n"
         f"FORMAT: {names}.",
         "dataflow benchmark prompts geneval evaluation_metadata.jsonl -o prompts.jsonl\n"
-        "dataflow benchmark report geneval my_images --score objects.correct\n"
+        "dataflow benchmark report geneval my_images --score objects\n"
+        "dataflow benchmark run geneval evaluation_metadata.jsonl pipeline.toml -o flux_geneval\n"
         "dataflow benchmark report gedit my_edits --score semantic=sc.success,sc.overdone"
         " --score quality=pq.natural,pq.artifacts",
     )
-    actions = command.add_subparsers(dest="action", metavar="prompts|report", required=True)
+    actions = command.add_subparsers(dest="action", metavar="prompts|report|run", required=True)
 
     def action(name: str, summary: str) -> argparse.ArgumentParser:
         found = actions.add_parser(
@@ -164,16 +166,28 @@ def _add_benchmark(add: Any, common: argparse.ArgumentParser, formatter: Any) ->
     )
     report = action("report", "the benchmark's own table of a scored table")
     report.add_argument("table", metavar="TABLE", help="scored table or job folder")
-    report.add_argument(
+    _add_report(report)
+    run = action("run", "generate, score and report with the steps of a pipeline file")
+    run.add_argument("path", metavar="PATH", help="the prompt set's file or folder, as published")
+    run.add_argument("pipeline", metavar="PIPELINE", help="the steps that generate and score")
+    run.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the job")
+    run.add_argument(
+        "--images", metavar="DIR", help="source pictures of an edit set: where they are, or where to write them"
+    )
+    _add_report(run)
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--score",
         action="append",
         metavar="[NAME=]KEY",
         help="where the scores stand (default: the only score column); gedit has semantic= and quality=",
     )
-    report.add_argument("--compat", choices=("ella",), help="dpg: with the quirks of the benchmark's own program")
-    _add_force(report)
-    report.add_argument("--markdown", action="store_true", help="a row as papers print it")
-    _add_json(report)
+    command.add_argument("--compat", choices=("ella",), help="dpg: with the quirks of the benchmark's own program")
+    _add_force(command)
+    command.add_argument("--markdown", action="store_true", help="a row as papers print it")
+    _add_json(command)
 
 
 def _add_lower_better(command: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import threading
@@ -11,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,16 +28,14 @@ from dataflow.serving import transformers_model
 from dataflow.serving.diffusers_options import import_library
 from dataflow.serving.diffusers_runner import choose_device
 from dataflow.serving.encoder import DTYPES, quiet
-from dataflow.serving.model_files import ModelFiles
 from dataflow.serving.pictures import read_picture
 from dataflow.serving.scoring import Scored, ScoringServing
-from dataflow.serving.transformers_model import Source
-from dataflow.types import GenerationRequest, Serving
+from dataflow.serving.transformers_model import Dtype, TransformersServing
+from dataflow.types import GenerationRequest
 
 VERSION = 1
 """To be raised when the same picture comes to have other detections."""
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 Pixels = npt.NDArray[np.float32]
 
 _OWLS = ("owlvit", "owlv2")
@@ -46,7 +43,7 @@ _DINOS = ("grounding-dino", "mm-grounding-dino")
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
 
 
-class ZeroShotDetectionServing(ScoringServing):
+class ZeroShotDetectionServing(TransformersServing, ScoringServing):
     """Finds objects in a request's first picture by the texts in its parameter ``labels``.
 
     An answer is ``{"detections": [{"label", "score", "box"}], "width", "height"}``: the surest first; ``label`` is one
@@ -101,31 +98,26 @@ class ZeroShotDetectionServing(ScoringServing):
         for name, value in {"max_detections": max_detections, "batch_size": batch_size}.items():
             if value < 1:
                 raise ConfigError(f"{name} must be a whole number from 1, got {value!r}")
-        if dtype not in ("fp32", "bf16", "fp16"):
-            raise ConfigError(f"dtype must be fp32, bf16 or fp16, got {dtype!r}")
         if isinstance(labels, str) or (labels and _texts(list(labels)) is None):
             raise ConfigError(f"labels must be a list of texts, got {labels!r}")
         self.labels = list(labels)
         self.threshold = threshold
         self.max_detections = max_detections
         self.batch_size = batch_size
-        self.dtype: Dtype = dtype
-        self.device = device if isinstance(device, str) else tuple(device)
         self.threads = threads or os.cpu_count() or 1
-        self.source = Source(
-            name=os.fspath(hf_model_name_or_path),
+        self._name(
+            hf_model_name_or_path,
             revision=revision,
-            cache_dir=None if hf_cache_dir is None else str(Path(hf_cache_dir).expanduser()),
+            hf_cache_dir=hf_cache_dir,
             local_files_only=local_files_only,
+            device=device,
+            dtype=dtype,
         )
-        self._files: ModelFiles | None = None
+
+    def _forget(self) -> None:
+        super()._forget()
         self._detector: _Detector | None = None
         self._pool: ThreadPoolExecutor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The settings alone; a hub model goes pinned to the commit that was found here."""
-        source = self.source if self._files is None else transformers_model.pinned(self.source, self._files)
-        return {**self.__dict__, "source": source, "_files": None, "_detector": None, "_pool": None}
 
     # What the model is -------------------------------------------------------------------------------------------
 
@@ -149,21 +141,6 @@ class ZeroShotDetectionServing(ScoringServing):
             raise BadRequestError("there is no picture to look at", reason="not_applicable")
         if _texts(request.params.get("labels")) is None:
             raise BadRequestError("labels: expected a list of texts to look for")
-
-    def replicas(self) -> Sequence[Serving]:
-        """One copy per device."""
-        devices = transformers_model.devices(self.device)
-        if len(devices) < 2:
-            return [self]
-        twins = [copy.copy(self) for _ in devices]
-        for twin, device in zip(twins, devices, strict=True):
-            twin.device = device
-        return twins
-
-    def _located(self) -> ModelFiles:
-        if self._files is None:
-            self._files = self.source.located()
-        return self._files
 
     # Work ----------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,22 +18,20 @@ from dataflow.errors import BadRequestError, ConfigError, FatalServingError, Ser
 from dataflow.serving import transformers_model
 from dataflow.serving.diffusers_options import import_library
 from dataflow.serving.encoder import Encoder, Fit
-from dataflow.serving.model_files import ModelFiles
 from dataflow.serving.pictures import read_picture
 from dataflow.serving.scoring import Scored, ScoringServing
-from dataflow.serving.transformers_model import Source
-from dataflow.types import GenerationRequest, Serving
+from dataflow.serving.transformers_model import Dtype, TransformersServing
+from dataflow.types import GenerationRequest
 from dataflow.utils.vectors import VectorStore
 
 BUILTIN = "builtin:tiny-clip"
 VERSION = 1
 """To be raised when the same picture comes to have another vector."""
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 Vector = npt.NDArray[np.float32]
 
 
-class EmbeddingServing(ScoringServing):
+class EmbeddingServing(TransformersServing, ScoringServing):
     """Makes vectors of pictures with any vision model of transformers: CLIP, SigLIP, DINOv2, ViT, ConvNeXt, ….
 
     An answer is ``{"sha256", "store"}``: under which key the vector lies in which folder of ``vectors``. A picture
@@ -76,39 +73,25 @@ class EmbeddingServing(ScoringServing):
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be a whole number from 1, got {batch_size!r}")
-        if dtype not in ("fp32", "bf16", "fp16"):
-            raise ConfigError(f"dtype must be fp32, bf16 or fp16, got {dtype!r}")
         self.batch_size = batch_size
         self.vectors = None if vectors is None else os.fspath(vectors)
         self.threads = threads or os.cpu_count() or 1
-        self.dtype: Dtype = dtype
-        self.device = device if isinstance(device, str) else tuple(device)
-        self.source = Source(
-            name=os.fspath(hf_model_name_or_path or BUILTIN),
+        self._name(
+            hf_model_name_or_path or BUILTIN,
             revision=revision,
-            cache_dir=None if hf_cache_dir is None else str(Path(hf_cache_dir).expanduser()),
+            hf_cache_dir=hf_cache_dir,
             local_files_only=local_files_only,
+            device=device,
+            dtype=dtype,
         )
-        self._forget()
 
     def _forget(self) -> None:
-        self._files: ModelFiles | None = None
+        super()._forget()
         self._identity: dict[str, Any] | None = None
         self._encoder: Encoder | None = None
         self._store: VectorStore | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The settings alone; a hub model goes pinned to the commit that was found here."""
-        kept = {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-        if self._files is not None:
-            kept["source"] = transformers_model.pinned(self.source, self._files)
-        return kept
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
     # What the model is -------------------------------------------------------------------------------------------
 
@@ -135,23 +118,6 @@ class EmbeddingServing(ScoringServing):
             ConfigError: the model cannot be found.
         """
         return hashlib.sha256(json.dumps(self._encoding(), sort_keys=True).encode()).hexdigest()[:16]
-
-    def _located(self) -> ModelFiles:
-        if self._files is None:
-            self._files = self.source.located()
-        return self._files
-
-    def replicas(self) -> Sequence[Serving]:
-        """One copy per device."""
-        devices = transformers_model.devices(self.device)
-        if len(devices) < 2:
-            return [self]
-        found = []
-        for device in devices:
-            twin = copy.copy(self)
-            twin.__setstate__({**self.__getstate__(), "device": device})
-            found.append(twin)
-        return found
 
     # Work ----------------------------------------------------------------------------------------------------------
 

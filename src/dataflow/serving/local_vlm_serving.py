@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import math
 import os
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
 from dataflow.errors import BadOutputError, BadRequestError, ConfigError, FatalServingError
 from dataflow.serving import transformers_model
 from dataflow.serving.diffusers_options import import_library
-from dataflow.serving.model_files import ModelFiles
 from dataflow.serving.pictures import read_picture
-from dataflow.serving.transformers_model import Source
+from dataflow.serving.transformers_model import Dtype, TransformersServing
 from dataflow.serving.vlm_runner import Manner, Question, Said, VisionLanguageModel
-from dataflow.types import GenerationRequest, GenerationResult, Serving
+from dataflow.types import GenerationRequest, GenerationResult
 
 VERSION = 1
 """To be raised when the same question comes to have another answer."""
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 
 _KNOWN = frozenset({"max_tokens", "temperature", "logprobs", "top_logprobs", "response_format"})
 """Parameters that requests may have, whatever the serving's own are."""
 
 
-class LocalVLMServing(Serving):
+class LocalVLMServing(TransformersServing):
     """Asks any vision-language model of transformers that has a chat template: Qwen-VL, InternVL, Idefics, LLaVA, ….
 
     It answers with text and is a service for :class:`~dataflow.serving.judge.JudgeServing`,
@@ -84,26 +80,21 @@ class LocalVLMServing(Serving):
                 raise ConfigError(f"{name} must be a whole number from 1, got {value!r}")
         if not 0 <= temperature < math.inf:
             raise ConfigError(f"temperature must be a number from 0, got {temperature!r}")
-        if dtype not in ("fp32", "bf16", "fp16"):
-            raise ConfigError(f"dtype must be fp32, bf16 or fp16, got {dtype!r}")
         self.batch_size = batch_size
         self.max_pixels = max_pixels
-        self.dtype: Dtype = dtype
-        self.device = device if isinstance(device, str) else tuple(device)
         self.params: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature}
-        self.source = Source(
-            name=os.fspath(hf_model_name_or_path),
+        self._name(
+            hf_model_name_or_path,
             revision=revision,
-            cache_dir=None if hf_cache_dir is None else str(Path(hf_cache_dir).expanduser()),
+            hf_cache_dir=hf_cache_dir,
             local_files_only=local_files_only,
+            device=device,
+            dtype=dtype,
         )
-        self._files: ModelFiles | None = None
-        self._model: VisionLanguageModel | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The settings alone; a hub model goes pinned to the commit that was found here."""
-        source = self.source if self._files is None else transformers_model.pinned(self.source, self._files)
-        return {**self.__dict__, "source": source, "_files": None, "_model": None}
+    def _forget(self) -> None:
+        super()._forget()
+        self._model: VisionLanguageModel | None = None
 
     # What the model is -------------------------------------------------------------------------------------------
 
@@ -137,23 +128,6 @@ class LocalVLMServing(Serving):
     def batch_key(self, request: GenerationRequest) -> Hashable:
         """Requests answered in the same manner share a batch."""
         return json.dumps(request.params, sort_keys=True, default=str)
-
-    def replicas(self) -> Sequence[Serving]:
-        """One copy per device."""
-        devices = transformers_model.devices(self.device)
-        if len(devices) < 2:
-            return [self]
-        found = []
-        for device in devices:
-            twin = copy.copy(self)
-            twin.device = device
-            found.append(twin)
-        return found
-
-    def _located(self) -> ModelFiles:
-        if self._files is None:
-            self._files = self.source.located()
-        return self._files
 
     # Work ----------------------------------------------------------------------------------------------------------
 

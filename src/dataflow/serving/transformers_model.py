@@ -5,19 +5,25 @@ A hub model is one commit, as in :mod:`dataflow.serving.model_files`; a folder i
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dataflow.errors import ConfigError, MissingExtraError
 from dataflow.serving import diffusers_runner, model_files
 from dataflow.serving.diffusers_options import parse_devices
 from dataflow.serving.model_files import ModelFiles
+from dataflow.types import Serving
 
 PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 _WEIGHTS = "*.safetensors"
+
+
+Dtype = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +56,73 @@ class Source:
         return files
 
 
-def pinned(source: Source, files: ModelFiles) -> Source:
-    """The same model for another process: at the commit that was found here."""
-    if not files.hub:
-        return source
-    return replace(source, revision=files.revision, local_files_only=source.local_files_only or files.offline)
+class TransformersServing(Serving):
+    """What servings of one transformers model share: the model's name and files, and a copy for each device.
+
+    Attributes without a leading underscore are settings and go to other processes; the others are what
+    :meth:`setup` makes, and :meth:`_forget` says how they begin.
+    """
+
+    source: Source
+    device: str | tuple[str, ...]
+    dtype: Dtype
+
+    def _name(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None,
+        hf_cache_dir: str | os.PathLike[str] | None,
+        local_files_only: bool,
+        device: str | Sequence[str],
+        dtype: Dtype,
+    ) -> None:
+        """Take the settings that all have.
+
+        Raises:
+            ConfigError: no such number format.
+        """
+        if dtype not in ("fp32", "bf16", "fp16"):
+            raise ConfigError(f"dtype must be fp32, bf16 or fp16, got {dtype!r}")
+        self.dtype = dtype
+        self.device = device if isinstance(device, str) else tuple(device)
+        self.source = Source(
+            name=os.fspath(model),
+            revision=revision,
+            cache_dir=None if hf_cache_dir is None else str(Path(hf_cache_dir).expanduser()),
+            local_files_only=local_files_only,
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        self._files: ModelFiles | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings alone; a hub model goes pinned to the commit that was found here."""
+        kept = {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+        if self._files is not None and self._files.hub:
+            offline = self.source.local_files_only or self._files.offline
+            kept["source"] = replace(self.source, revision=self._files.revision, local_files_only=offline)
+        return kept
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def replicas(self) -> Sequence[Serving]:
+        """One copy per device."""
+        names = devices(self.device)
+        if len(names) < 2:
+            return [self]
+        twins = [copy.copy(self) for _ in names]
+        for twin, name in zip(twins, names, strict=True):
+            twin.device = name
+        return twins
+
+    def _located(self) -> ModelFiles:
+        if self._files is None:
+            self._files = self.source.located()
+        return self._files
 
 
 def identity(files: ModelFiles) -> dict[str, Any]:

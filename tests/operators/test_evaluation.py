@@ -115,6 +115,24 @@ class TestScores:
         assert (bad["score"], bad["score_status"], good["score"]) == (None, "failed", [5.0])
         assert "expected an image path, found int" in bad["score_error"]
 
+    def test_a_picture_that_is_not_there_costs_the_others_of_its_row_nothing(self, bench):
+        there = [bench.picture("a.png"), bench.picture("b.png")]
+        rows = [{"images": [there[0], "gone.png", there[1]], "conversations": "three"}] * 2
+        first = ImageEvaluator(Letters(), with_prompt=True, options=QUIET).run(bench.storage(*rows))
+        for row in bench.table():
+            assert row["score"] == [5.0, None, 5.0]
+            assert row["score_status"] == ["ok", "missing_image", "ok"]
+            assert "gone.png: no such file" in row["score_error"][1]
+            assert not row["score_error"][0]
+        assert (first.failed, first.reasons) == (2, {"image_missing": 2})
+        # When it is there, it is scored, and nothing else is.
+        bench.picture("gone.png")
+        rows = [{"images": [there[0], str(bench.folder / "gone.png"), there[1]], "conversations": "three"}]
+        again = Letters()
+        ImageEvaluator(again, with_prompt=True, options=QUIET).run(bench.storage(*rows))
+        assert bench.table()[0]["score"] == [5.0, 5.0, 5.0]
+        assert again.asked == 1
+
     def test_they_are_computed_once(self, bench):
         rows = [{"images": [bench.picture(f"{n}.png")], "conversations": f"thing {n}"} for n in range(5)]
         serving = Letters()

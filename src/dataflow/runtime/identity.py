@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from dataflow.errors import InputError
+from dataflow.errors import ImageError, InputError
 from dataflow.types import Draft, GenerationRequest, Serving
 
 FORMAT = 1
@@ -34,11 +34,13 @@ class Identity(NamedTuple):
         key: the request id as 16 bytes.
         image_hashes: sha256 (hex) of each input image, the mask's last.
         occurrence: how many identical drafts came before it in the table.
+        broken: why it can never be made as the files are: an input image cannot be read.
     """
 
     key: bytes
     image_hashes: tuple[str, ...]
     occurrence: int
+    broken: ImageError | None = None
 
 
 class Identifier:
@@ -71,13 +73,23 @@ class Identifier:
     def identify(self, drafts: Sequence[Draft]) -> list[Identity]:
         """The identities of a row's drafts. Call it once per row, in table order: occurrences are counted here.
 
+        Where some input images cannot be read and others can, the drafts that need them are broken, and only those.
+
         Raises:
-            InputError: a prompt is not valid Unicode, or an input image cannot be read.
+            InputError: a prompt is not valid Unicode, or no draft's input images can be read.
         """
         # Everything that can fail comes first: a row that cannot be used must not count as an occurrence.
-        contents = [self._content(draft) for draft in drafts]
+        contents = [self._content_or_error(draft) for draft in drafts]
+        errors = [content for content in contents if isinstance(content, ImageError)]
+        if errors and len(errors) == len(contents):
+            raise errors[0]
         identities: list[Identity] = []
-        for draft, (content, image_hashes) in zip(drafts, contents, strict=True):
+        for draft, found in zip(drafts, contents, strict=True):
+            if isinstance(found, ImageError):
+                place = orjson.dumps(["broken", draft.prompt, draft.images, draft.mask, draft.sample])
+                identities.append(Identity(hashlib.sha256(place).digest()[:ID_BYTES], (), 0, found))
+                continue
+            content, image_hashes = found
             digest = self._base.copy()
             digest.update(content)
             if draft.after is not None:
@@ -112,6 +124,12 @@ class Identifier:
             params={**self.params, **draft.params},
             after=None if parent is None else parent.request_id,
         )
+
+    def _content_or_error(self, draft: Draft) -> tuple[bytes, tuple[str, ...]] | ImageError:
+        try:
+            return self._content(draft)
+        except ImageError as error:
+            return error
 
     def _content(self, draft: Draft) -> tuple[bytes, tuple[str, ...]]:
         inputs = draft.images if draft.mask is None else (*draft.images, draft.mask)

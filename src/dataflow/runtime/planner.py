@@ -204,10 +204,10 @@ class Planner:
         index, tally = self.index, self.tally
         self.book.add([identity.key for identity in identities])
         images = size = 0
-        for key, _, _ in identities:
-            if not index.is_done(key):
+        for identity in identities:
+            if not index.is_done(identity.key):
                 break
-            count, bytes_ = index.sums(key)
+            count, bytes_ = index.sums(identity.key)
             images += count
             size += bytes_
         else:
@@ -221,7 +221,10 @@ class Planner:
             parent = drafts_of[draft.after][1] if draft.after is not None else None
             request = self.identifier.request(draft, identity, parent)
             drafts_of.append((draft, request))
-            ending = self._known_ending(identity.key, request, parent)
+            if identity.broken is None:
+                ending = self._known_ending(identity.key, request, parent)
+            else:
+                ending = self._unreadable(identity.key, row, identity.broken)
             if ending is None and not index.is_done(identity.key):
                 pending.append(request)
             elif ending is not None and worse(status, ending_status := _status(ending)):
@@ -266,6 +269,13 @@ class Planner:
         except BadRequestError as error:
             return self._end(key, Ending("failed", error.reason, str(error)))
         return None
+
+    def _unreadable(self, key: bytes, row: Row | BadRow, error: ImageError) -> Ending:
+        """The end of a request whose input image cannot be read now; the journal is not told: it may be there next."""
+        where = InputError(f"{error.path}: {error.message}", path=self.storage.input_path, row=self.tally.planned + 1)
+        logger.warning("%s", where)
+        self.index.endings[key] = ending = Ending("failed", failure_reason(row, error), str(where))
+        return ending
 
     def _end(self, key: bytes, ending: Ending) -> Ending:
         logger.warning("row %d, request %s: %s", self.tally.planned + 1, key.hex(), ending.message)

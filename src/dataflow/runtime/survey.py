@@ -42,15 +42,18 @@ def survey(plan: Plan, serving: Serving, storage: FileStorage) -> Summary:
             if isinstance(row, BadRow):
                 raise InputError(row.error)
             drafts = plan.requests(row)
-            keys = [identity.key for identity in identifier.identify(drafts)]
+            identities = identifier.identify(drafts)
         except InputError as error:
             tally.count("failed", failure_reason(row, error))
             continue
         states: list[State] = []
-        for draft, key in zip(drafts, keys, strict=True):
-            states.append(_state(index, draft, key, states))
+        for draft, identity in zip(drafts, identities, strict=True):
+            if identity.broken is not None:
+                states.append(("failed", failure_reason(row, identity.broken)))
+                continue
+            states.append(_state(index, draft, identity.key, states))
             if states[-1][0] == "done":
-                tally.add_images(*index.sums(key))
+                tally.add_images(*index.sums(identity.key))
         _count(tally, states)
     return tally.summary(storage.step_name, tally.planned, 0.0)
 

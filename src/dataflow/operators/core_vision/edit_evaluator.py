@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from dataflow.errors import ConfigError, InputError
 from dataflow.operators.combining import lacking
@@ -93,8 +92,6 @@ class EditEvaluator:
                 return with_scores(row, input_image_key, output_key, outcomes, by, per_picture=False)
             if edited and not source:
                 outcomes = [lacking("image_missing", "the row names no source picture")] * len(edited)
-            elif len(outcomes) < len(edited):
-                outcomes = _of_each(outcomes[0], source[0], edited)
             return with_scores(row, input_image_key, output_key, outcomes, by)
 
         return Plan(
@@ -155,16 +152,3 @@ def _captions(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
         if caption and not caption.isspace():
             found[name] = caption
     return found
-
-
-def _of_each(outcome: Outcome, source: str, edited: Sequence[str]) -> list[Outcome]:
-    """Of each edited picture, what became of a row that could not be used as a whole.
-
-    A picture that is there is not missing only because another one is. Paths are looked for from the working directory
-    only; where that does not tell which one it was, all have the row's outcome.
-    """
-    there = [Path(path).is_file() for path in edited]
-    if outcome.reason != "image_missing" or not Path(source).is_file() or all(there):
-        return [outcome] * len(edited)
-    other = lacking("row_incomplete", f"not scored, for another picture of the row: {outcome.message}")
-    return [other if exists else outcome for exists in there]

@@ -228,7 +228,10 @@ def test_a_killed_loop_goes_on(bench, tmp_path):
 def test_edits_too(bench):
     Image.new("RGB", (64, 64), "red").save(bench.folder / "source.png")
     images = ImageIO(save_path=str(bench.folder / "cache" / "images"))
-    turns = [{"role": "user", "content": "first"}, {"role": "user", "content": "then"}]
+
+    def turns(number):
+        return [{"role": "user", "content": f"first {number}"}, {"role": "user", "content": "then"}]
+
     loop = AcceptanceLoop(
         [
             Step(PromptedImageEditGenerator(FakeServing(images))),
@@ -242,7 +245,7 @@ def test_edits_too(bench):
         maximum=40,
         image_key="edited_images",
     )
-    loop.run(bench.storage(*({"conversations": turns, "images": ["source.png"], "n": n} for n in range(4))), QUIET)
+    loop.run(bench.storage(*({"conversations": turns(n), "images": ["source.png"]} for n in range(4))), QUIET)
     rows = bench.accepted()
     assert [len(row["edited_images"]) for row in rows.values()] == [2] * 4
     assert all(len(row["edited_images_turns"]) == row["samples"] for row in rows.values())

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from dataflow import distribution
+from dataflow import cli, distribution
 from dataflow.errors import InputError
 from dataflow.metrics import distribution as formulas
 from dataflow.utils.vectors import VectorStore
@@ -138,3 +138,18 @@ def test_too_few_pictures_for_a_metric(make, random):
     table = make.read(make("table", random.normal(size=(3, SIZE))))
     with pytest.raises(InputError, match="too few"):
         distribution.compare([table], table, metrics=["precision"])
+
+
+def test_the_command_prints_what_it_found(make, random, tmp_path, capsys):
+    real, made = make("real", random.normal(size=(40, SIZE))), make("made", [*random.normal(size=(40, SIZE)), None])
+    command = ["distance", str(made), "--vectors", str(tmp_path / "vectors")]
+    assert cli.main([*command, "--metric", "vendi", "--json", "--force"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert (report["count"], report["expected"], set(report["values"])) == (40, 41, {"vendi"})
+    assert cli.main([*command, "--reference", str(real), "--metric", "kid", "--force"]) == 0
+    out = capsys.readouterr().out
+    assert "vectors of some-model#1" in out
+    assert "40 pictures (1 missing_image of 41)" in out
+    assert "  kid " in out
+    assert cli.main(command) == 2
+    assert "1 of 41 pictures have no vector" in capsys.readouterr().err

@@ -68,6 +68,8 @@ class AcceptanceLoop(Pipeline):
     that was killed or stopped goes on where it was, and another threshold uses all there is. Rows that reach
     ``maximum`` without enough good images are written to ``short.jsonl`` beside the tables.
 
+    Rows that ask for the very same thing share their pictures: one of them may come to more than is wanted.
+
     When a step's budget is spent, the tables are written with what the rounds before had; images of the unfinished
     round are kept and used when the loop goes on with more money.
 

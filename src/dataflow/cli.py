@@ -57,7 +57,7 @@ _COMMANDS = {
     "compare": ("compare", "compare"),
     "calibrate": ("calibrate", "calibrate"),
     "benchmark": ("benchmark", "benchmark"),
-    "distribution": ("distribution", "distributions"),
+    "distance": ("distance", "distance"),
     "models": ("machine", "models"),
     "doctor": ("machine", "doctor"),
 }

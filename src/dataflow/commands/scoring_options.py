@@ -1,4 +1,4 @@
-"""The arguments of ``compare``, ``calibrate``, ``benchmark`` and ``distribution``."""
+"""The arguments of ``compare``, ``calibrate``, ``benchmark`` and ``distance``."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def add_scoring(add: Any, common: argparse.ArgumentParser, formatter: Any) -> No
     _add_compare(add)
     _add_calibrate(add)
     _add_benchmark(add, common, formatter)
-    _add_distribution(add)
+    _add_distance(add)
 
 
-def _add_distribution(add: Any) -> None:
+def _add_distance(add: Any) -> None:
     command = add(
-        "distribution",
+        "distance",
         "how the pictures of whole tables stand to a reference",
         "Fréchet distance, KID, precision, recall, density, coverage, CMMD and Vendi over the\n"
         "vectors that an embedding serving made, at equal numbers of pictures.",
-        "dataflow distribution made.jsonl --reference real.jsonl --vectors out/vectors\n"
-        "dataflow distribution a.jsonl b.jsonl --reference real.jsonl --vectors vectors --sample 10000",
+        "dataflow distance made.jsonl --reference real.jsonl --vectors out/vectors\n"
+        "dataflow distance a.jsonl b.jsonl --reference real.jsonl --vectors vectors --sample 10000",
     )
     command.add_argument("tables", metavar="TABLE", nargs="+", help="finished table, or job folder, with vectors")
     command.add_argument("--reference", metavar="TABLE", help="the table they are compared with")

@@ -1,4 +1,4 @@
-"""``distribution``: whole tables against a reference, over vectors."""
+"""``distance``: whole tables against a reference, over vectors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataflow.commands.layout import give
 from dataflow.distribution import METRICS, Report, Vectors
 
 
-def distributions(args: argparse.Namespace) -> int:
+def distance(args: argparse.Namespace) -> int:
     """Print what each table comes to."""
     tables = [_read(table, args) for table in args.tables]
     reference = None if args.reference is None else _read(args.reference, args)

@@ -139,6 +139,17 @@ def test_another_threshold_uses_all_there_is(bench):
     assert bench.counts() == before
 
 
+def test_every_round_says_how_far_it_is(bench, capsys):
+    bench.loop(wanted=2, maximum=3).run(bench.prompts(10))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("round ")]
+    assert told[0].startswith("round 1: ")
+    assert "of 10 prompts have 2 accepted images; " in told[0]
+    assert told[-1].endswith("; 0 more to make")
+    rows = [{"conversations": "x", "category": "cat"}]
+    bench.loop(quotas={"cat": 1}).run(bench.storage(*rows))
+    assert "cat 1/1; 0 more to make" in capsys.readouterr().err
+
+
 def test_rows_that_cannot_get_enough_are_told(bench):
     store = bench.storage({"conversations": "good"}, {"conversations": "refused"}, "{broken", {"conversations": "fine"})
     bench.loop(serving={"script": {"refused": "refuse"}}, wanted=1, maximum=5).run(store, QUIET)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -143,7 +144,8 @@ class AcceptanceLoop(Pipeline):
             accepted = self._accepted(summaries[-1].output, rows.count)
             before, asked = asked, rows.more(asked, accepted)
             more = int((asked - before).sum())
-            logger.info("round %d: %s; %d more to make", number, rows.described(accepted), more)
+            if not options.quiet:
+                print(f"round {number}: {rows.described(accepted)}; {more} more to make\n", file=sys.stderr)
             if not more:
                 break
         self._write_short(storage, rows, asked, accepted)

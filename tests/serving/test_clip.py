@@ -321,6 +321,16 @@ class TestVectors:
             _ = reader._encoder.logit_scale
         reader.cleanup()
 
+    def test_of_a_picture_that_changed_meanwhile_is_not_kept(self, pictures, tmp_path):
+        path = tmp_path / "changes.png"
+        path.write_bytes(Path(pictures[0]).read_bytes())
+        asked = request(str(path))
+        path.write_bytes(Path(pictures[1]).read_bytes())
+        (tmp_path / "vectors" / EmbeddingServing().store_name).mkdir(parents=True)  # a kill left it empty
+        (found,) = scores(EmbeddingServing(vectors=tmp_path / "vectors", device="cpu"), [asked])
+        assert (found.reason, "was changed while" in str(found)) == ("image_changed", True)
+        assert not list((tmp_path / "vectors").rglob("*.vectors"))
+
     def test_without_a_folder_there_is_nowhere_to_keep_them(self, pictures):
         serving = EmbeddingServing(device="cpu")
         serving.setup()

@@ -22,7 +22,7 @@ from dataflow.serving.pictures import read_picture
 from dataflow.serving.scoring import Scored, ScoringServing
 from dataflow.serving.transformers_model import Dtype, TransformersServing
 from dataflow.types import GenerationRequest
-from dataflow.utils.vectors import VectorStore
+from dataflow.utils.vectors import FACTS, VectorStore
 
 BUILTIN = "builtin:tiny-clip"
 VERSION = 1
@@ -175,7 +175,8 @@ class EmbeddingServing(TransformersServing, ScoringServing):
         known = self._found(list(paths))
         missing = [digest for digest in paths if digest not in known]
         prepared: dict[str, Vector] = {}
-        for digest, result in zip(missing, self._pool.map(self._prepared, [paths[d] for d in missing]), strict=True):
+        files = [paths[digest] for digest in missing]
+        for digest, result in zip(missing, self._pool.map(self._prepared, files, missing), strict=True):
             if isinstance(result, BadRequestError):
                 known[digest] = result
             else:
@@ -185,10 +186,10 @@ class EmbeddingServing(TransformersServing, ScoringServing):
             known |= self._kept(dict(zip(prepared, rows, strict=True)))
         return [known[digest] for _, digest in pictures]
 
-    def _prepared(self, path: str) -> Vector | BadRequestError:
+    def _prepared(self, path: str, digest: str) -> Vector | BadRequestError:
         assert self._encoder is not None
         try:
-            return self._encoder.prepared(read_picture(path))
+            return self._encoder.prepared(read_picture(path, digest))
         except BadRequestError as error:
             return error
         except ValueError as error:  # a picture so narrow that nothing is left of it
@@ -199,7 +200,7 @@ class EmbeddingServing(TransformersServing, ScoringServing):
             if self.vectors is None:
                 return {}
             folder = Path(self.vectors, self.store_name)
-            if self._store is None and folder.is_dir():
+            if self._store is None and (folder / FACTS).is_file():
                 self._store = VectorStore(folder)
             vectors = [] if self._store is None else self._store.find(digests)
             return {digest: row for digest, row in zip(digests, vectors, strict=False) if row is not None}

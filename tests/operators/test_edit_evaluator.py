@@ -181,7 +181,7 @@ class TestWhatIsMissing:
         rows = [good, *({**good, **each} for each in bad), {"conversations": "a"}, {**good, "conversations": "refuse"}]
         table = desk.evaluate(Recorder(), *rows, with_prompt=True, input_target_caption_key="is")
         statuses = [row["edit_score_status"] for row in table]
-        assert statuses == [["ok"], "failed", "failed", ["failed"], ["failed"], "failed", ["refused"]]
+        assert statuses == [["ok"], ["failed"], "failed", ["failed"], ["failed"], "failed", ["refused"]]
         assert "column 'is': expected a caption" in table[4]["edit_score_error"][0]
         assert all(row["edit_score"] in (None, [None]) for row in table[1:])
 

@@ -55,6 +55,14 @@ def pictures(row: Row, column: str) -> list[str]:
     return [path for path in paths if path]
 
 
+def pictures_left(row: Row, column: str) -> list[str]:
+    """As :func:`pictures`; none where the column holds something else, which its evaluator has said already."""
+    try:
+        return pictures(row, column)
+    except InputError:
+        return []
+
+
 def without_pictures(row: Row, column: str) -> Status:
     """Why a row has no picture to score."""
     error = row.get(f"{column}_error")
@@ -83,7 +91,9 @@ def with_scores(
         paths = [""]
     found = [_score(outcome) for outcome in outcomes]
     if not paths or not found:
-        found = [(None, without_pictures(row, image_key), "")]
+        status = without_pictures(row, image_key)
+        # What the picture's maker said stands in a column of its own; an error here would be the judge's.
+        found = [(None, status, "the row names no picture" if status == "missing_image" else "")]
     elif len(found) < len(paths):
         found = found[:1] * len(paths)  # the row could not be used as a whole
     result = dict(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +10,8 @@ from typing import Any, ClassVar, Protocol
 
 import orjson
 
-from dataflow.errors import BadOutputError, ConfigError
+from dataflow.errors import BadOutputError, BadRequestError, ConfigError
+from dataflow.serving.pictures import read_picture
 from dataflow.types import GenerationRequest, GenerationResult, Serving
 
 
@@ -122,9 +124,17 @@ class AskingServing(Serving):
         self._service.cleanup()
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """One answer per request, as JSON."""
-        results = await self._service.generate([self._put(request) for request in requests])
-        return [self._read(request, result) for request, result in zip(requests, results, strict=True)]
+        """One answer per request, as JSON.
+
+        Services take half a picture for a picture: a file that is no whole one is not sent, and nothing is paid for it.
+        """
+        unread = await asyncio.gather(*(asyncio.to_thread(_unreadable_picture, request) for request in requests))
+        asked = [request for request, error in zip(requests, unread, strict=True) if error is None]
+        results = iter(await self._service.generate([self._put(request) for request in asked]) if asked else ())
+        return [
+            self._read(request, next(results)) if error is None else GenerationResult(error=error)
+            for request, error in zip(requests, unread, strict=True)
+        ]
 
     def _put(self, request: GenerationRequest) -> GenerationRequest:
         params = {name: value for name, value in request.params.items() if name not in self.own_params}
@@ -139,6 +149,16 @@ class AskingServing(Serving):
             error.usage = result.usage
             return replace(result, text=None, error=error)
         return replace(result, text=orjson.dumps(found).decode())
+
+
+def _unreadable_picture(request: GenerationRequest) -> BadRequestError | None:
+    """Why one of a request's pictures is no whole one."""
+    try:
+        for path in request.images:
+            read_picture(path)
+    except BadRequestError as error:
+        return error
+    return None
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataflow.metrics.grouping import DuplicateGroups
 from dataflow.metrics.hashing import duplicate_groups
 from dataflow.metrics.neighbours import similar_groups
 from dataflow.operators.core_vision.score_filter import OnUnknown, selected
-from dataflow.operators.evaluation import pictures
+from dataflow.operators.evaluation import pictures_left
 from dataflow.runtime.engine import RunOptions, execute
 from dataflow.types import BadRow, Drop, Outcome, Plan, Row, Summary
 from dataflow.utils.storage import FileStorage
@@ -188,7 +188,7 @@ class _Vectors:
 
 def _probes(row: Row, image_key: str, probe_key: str) -> list[Mapping[str, Any] | None]:
     """What the probe says of each picture, None where it says nothing."""
-    number = len(pictures(row, image_key))
+    number = len(pictures_left(row, image_key))
     found = row.get(probe_key)
     entries = found if isinstance(found, list) else [found]
     probes = [entry if isinstance(entry, Mapping) else None for entry in entries[:number]]

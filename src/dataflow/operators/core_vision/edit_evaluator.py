@@ -89,7 +89,7 @@ class EditEvaluator:
             try:
                 source, edited = pictures(row, input_source_key)[:1], pictures(row, input_image_key)
             except InputError:
-                return with_scores(row, input_image_key, output_key, outcomes, by, per_picture=False)
+                return with_scores(row, input_image_key, output_key, outcomes, by)
             if edited and not source:
                 outcomes = [lacking("image_missing", "the row names no source picture")] * len(edited)
             return with_scores(row, input_image_key, output_key, outcomes, by)

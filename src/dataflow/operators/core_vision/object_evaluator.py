@@ -143,7 +143,7 @@ class ObjectEvaluator:
             try:
                 number = len(pictures(row, input_image_key))
             except InputError:
-                return with_scores(row, input_image_key, output_key, outcomes, by, per_picture=False)
+                return with_scores(row, input_image_key, output_key, outcomes, by)
             scores = self._scored(row, outcomes, input_object_key, number)
             return with_scores(row, input_image_key, output_key, scores, by)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dataflow.errors import ConfigError
-from dataflow.operators.evaluation import pictures, score_at
+from dataflow.operators.evaluation import pictures, pictures_left, score_at
 from dataflow.runtime.engine import RunOptions, execute
 from dataflow.types import BadRow, Drop, Outcome, Plan, Row, Summary
 from dataflow.utils.storage import FileStorage
@@ -90,7 +90,7 @@ class ScoreFilter:
                 least[0] = threshold if minimum is None else max(minimum, threshold)
 
         def fold(row: Row, _: Sequence[Outcome]) -> Row | Drop:
-            paths = pictures(row, input_image_key)
+            paths = pictures_left(row, input_image_key)
             if not paths:
                 return Drop("no_image")
             found = scores(row)

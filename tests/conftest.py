@@ -20,6 +20,8 @@ from dataflow.serving.fake_serving import FakeServing, paint
 from dataflow.types import GenerationRequest, Summary
 from dataflow.utils.storage import FileStorage
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any test file imports huggingface_hub: none may reach for the network
+
 
 class Job:
     """A folder to run steps in; ``run`` may be called again and again, as a person would after a stop."""

@@ -1,13 +1,10 @@
 """Tiny untrained pipelines, built once per run: the real classes and file formats, a few thousand weights."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)

@@ -18,7 +18,7 @@ import orjson
 
 from dataflow.errors import BudgetSpentError, ConfigError, InputError
 from dataflow.operators.evaluation import pictures
-from dataflow.pipeline import Pipeline, Step
+from dataflow.pipeline import CompiledStep, Pipeline, Step
 from dataflow.runtime.engine import RunOptions, execute
 from dataflow.types import BadRow, Row, Summary
 from dataflow.utils.storage import FileStorage
@@ -110,23 +110,34 @@ class AcceptanceLoop(Pipeline):
         ]
         super().__init__(counted)
 
-    def check_tables(self, storage: FileStorage) -> None:
-        """As a pipeline's, with the columns that the loop adds."""
-        super().check_tables(_Asking(storage, np.zeros(0, np.int32)))
+    def as_read(self, storage: FileStorage) -> FileStorage:
+        """The storage with the columns that the loop adds, as the first round reads it."""
+        return _Asking(storage, _Rows(storage, self.wanted).first())
 
-    def run(self, storage: FileStorage, options: RunOptions | None = None) -> list[Summary]:
+    def check_tables(self, storage: FileStorage) -> tuple[CompiledStep, ...]:
+        """As a pipeline's, with the columns that the loop adds."""
+        return super().check_tables(_Asking(storage, np.zeros(0, np.int32)))
+
+    def run(
+        self, storage: FileStorage, options: RunOptions | None = None, *, first: int = 1, last: int | None = None
+    ) -> list[Summary]:
         """Run rounds until every row, or category, has enough, or cannot get more.
 
         Args:
             storage: walks from the user's table through the steps'.
             options: how each step is run; a pilot looks at the first round only.
+            first: a round has all steps: no other than 1 can be given.
+            last: likewise, no other than the last.
 
         Returns:
             The sums of the last round's steps.
 
         Raises:
+            ConfigError: a part of the steps is asked for.
             DataflowError: as :meth:`Pipeline.run`; a spent budget is raised after the tables are written.
         """
+        if first != 1 or last not in (None, len(self.steps)):
+            raise ConfigError("an acceptance loop runs all of its steps in every round, not a part of them")
         options = options or RunOptions()
         self.check(storage)
         rows = _Rows(storage, self.wanted)

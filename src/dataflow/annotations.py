@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 
 _SCALARS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "nothing"}
 
+_MANY = {str: "texts", int: "whole numbers", float: "numbers"}
+
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value from a TOML file may be given for a parameter with this annotation."""
@@ -50,7 +52,10 @@ def described(hint: Any) -> str:
         return "text"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a table"
-    return f"a list of {len(inner)}" if origin is tuple and inner and inner[-1] is not ... else "a list"
+    many = _MANY.get(inner[0], "") if inner else ""
+    if origin is tuple and inner and inner[-1] is not ...:
+        return f"a list of {len(inner)} {many if len(set(inner)) == 1 else ''}".rstrip()
+    return f"a list of {many}" if many else "a list"
 
 
 def choices(hint: Any) -> list[str]:

@@ -50,6 +50,7 @@ _COMMANDS = {
     "demo": ("job", "demo"),
     "generate": ("job", "generate"),
     "edit": ("job", "edit"),
+    "plan": ("plan", "plan"),
     "run": ("job", "run"),
     "status": ("status", "status"),
     "retry": ("job", "retry"),
@@ -268,12 +269,32 @@ def _add_making(add) -> None:
     command.add_argument("--output-column", metavar="NAME", help="column that gets the images (default edited_images)")
     add_job_options(command)
     command = add(
+        "plan",
+        "what a pipeline file would do",
+        "Checks a pipeline file and its table, and shows per step: columns, rows, requests, what\n"
+        "is done already, models, list price, and a forecast where some of it was made before.\n"
+        "Loads no model and writes nothing. Exit code 1 if rows or requests of it cannot work.",
+        "dataflow plan pipeline.toml\ndataflow plan pipeline.toml --json\ndataflow plan pipeline.toml --mermaid",
+    )
+    command.add_argument("pipeline", metavar="pipeline.toml")
+    given = command.add_mutually_exclusive_group()
+    given.add_argument("--json", action="store_true", help="for scripts")
+    given.add_argument("--mermaid", action="store_true", help="a picture of the steps, as the text of a flow chart")
+    command = add(
         "run",
         "run a pipeline file",
         "Runs the steps of a pipeline file one after the other. Relative paths in it are\nrelative to its own folder.",
-        "dataflow run pipeline.toml\ndataflow run my_images/job.toml",
+        "dataflow run pipeline.toml\ndataflow run pipeline.toml --first 3\ndataflow run my_images/job.toml",
     )
     command.add_argument("pipeline", metavar="pipeline.toml")
+    command.add_argument(
+        "--first",
+        type=int,
+        default=1,
+        metavar="N",
+        help="begin with this step; the tables of the steps before are taken as they are",
+    )
+    command.add_argument("--last", type=int, metavar="N", help="end with this step")
     add_pilot(command)
 
 

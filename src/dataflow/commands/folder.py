@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from dataflow import config as configuration
-from dataflow.config import PipelineConfig
+from dataflow.config import Job, PipelineConfig
 from dataflow.errors import ConfigError, InputError
+from dataflow.pipeline import CompiledStep
 from dataflow.runtime.lock import cache_lock
 from dataflow.types import Summary
 
@@ -37,6 +39,26 @@ def load_job(folder: Path) -> PipelineConfig:
     return configuration.load(folder / JOB_FILE)
 
 
+def offline(config: PipelineConfig) -> PipelineConfig:
+    """The configuration with models looked up on this machine only."""
+    servings = {
+        name: replace(serving, arguments={**serving.arguments, "local_files_only": True})
+        if serving.type == "local"
+        else serving
+        for name, serving in config.servings.items()
+    }
+    return replace(config, servings=servings)
+
+
+def check_tables(job: Job, config: PipelineConfig) -> tuple[CompiledStep, ...]:
+    """As the pipeline's; a table that is not there is told with the place that names it."""
+    table = Path(config.storage["first_entry_file_name"])
+    if not table.exists():
+        where = (config.here / "storage").label("first_entry_file_name")
+        raise ConfigError(f"{where}: there is no file {shown(table)}")
+    return job.pipeline.check_tables(job.storage)
+
+
 def launch(
     config: PipelineConfig,
     args: argparse.Namespace,
@@ -58,8 +80,9 @@ def launch(
         changes |= {"quiet": True, "progress": False}
     job = configuration.build(config, configuration.run_options(config, **changes))
     job.pipeline.check_servings()
-    if not inputs:
-        job.pipeline.check_tables(job.storage)
+    first, last = getattr(args, "first", 1), getattr(args, "last", None)
+    if not inputs and first == 1:
+        check_tables(job, config)
     if not args.quiet:
         _say_which_model(config)
     with _writable(config.folder), cache_lock(config.folder):
@@ -67,7 +90,7 @@ def launch(
             write_if_changed(path, data)
         text = configuration.dump(config, config.folder)
         write_if_changed(config.folder / JOB_FILE, (_HEADER + text).encode())
-    summaries = job.pipeline.run(job.storage, job.options)
+    summaries = job.pipeline.run(job.storage, job.options, first=first, last=last)
     if not args.quiet:
         print(f"  images: {shown(job.images.save_path)}", file=sys.stderr)
     return summaries

@@ -7,15 +7,14 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from dataflow import config as configuration
-from dataflow.commands.folder import JOB_FILE, load_job, shown
-from dataflow.config import Job, PipelineConfig
+from dataflow.commands.folder import JOB_FILE, load_job, offline, shown
+from dataflow.config import Job
 from dataflow.errors import ConfigError, InputError
 from dataflow.runtime.journal import Journal
 from dataflow.runtime.progress import human_bytes, spending
@@ -52,7 +51,7 @@ def status(args: argparse.Namespace) -> int:
 def _steps_of_job(folder: Path) -> Iterator[StepStatus]:
     """The steps that the folder's pipeline file describes, also those that have not begun."""
     config = load_job(folder)
-    job = configuration.build(_offline(config))
+    job = configuration.build(offline(config))
     job.storage.reset()
     before: StepStatus = {}
     for plan in job.pipeline.plans():
@@ -154,17 +153,6 @@ def _of_journal(journal: Path, known: dict[str, Any] | None = None) -> StepStatu
 
 def _figures(known: dict[str, Any]) -> StepStatus:
     return {name: known.get(name) for name in (*FIGURES, "reasons")}
-
-
-def _offline(config: PipelineConfig) -> PipelineConfig:
-    """The configuration with models looked up on this machine only."""
-    servings = {
-        name: replace(serving, arguments={**serving.arguments, "local_files_only": True})
-        if serving.type == "local"
-        else serving
-        for name, serving in config.servings.items()
-    }
-    return replace(config, servings=servings)
 
 
 # Words -------------------------------------------------------------------------------------------------------------

@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal
 
-from dataflow.errors import InputError
+from dataflow.errors import BadRequestError, InputError
 from dataflow.io import ImageIO
 from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Index, Journal
 from dataflow.runtime.planner import checked_rows, failure_reason
 from dataflow.runtime.table import journal_folder
 from dataflow.runtime.tally import Tally, worse
-from dataflow.types import BadRow, Draft, Plan, Serving, Status, Summary
+from dataflow.types import BadRow, Draft, GenerationRequest, Plan, Serving, Status, Summary
 from dataflow.utils.storage import FileStorage
 
 State = tuple[Status | Literal["pending"], str]
 """How one request stands, and why."""
 
 
-def survey(plan: Plan, serving: Serving, storage: FileStorage) -> Summary:
+@dataclass(slots=True, kw_only=True)
+class Prospect:
+    """What a run of a step would ask for.
+
+    Attributes:
+        requests: of all rows.
+        requests_pending: those that a run would make.
+        impossible: those of them that the serving would refuse before any work.
+        messages: why, by the words, with how many.
+        usd: what the pending ones will cost by the list price, rather too many US dollars than too few.
+        unpriced: those of them of which nobody knows what they cost.
+    """
+
+    requests: int = 0
+    requests_pending: int = 0
+    impossible: int = 0
+    messages: Counter[str] = field(default_factory=Counter)
+    usd: float = 0.0
+    unpriced: int = 0
+
+    def add(self, request: GenerationRequest, serving: Serving) -> None:
+        """Count a request that a run would make."""
+        self.requests_pending += 1
+        try:
+            serving.check(request)
+        except BadRequestError as error:
+            self.impossible += 1
+            self.messages[str(error)] += 1
+            return
+        usd = serving.estimate(request)
+        if usd is None:
+            self.unpriced += 1
+        else:
+            self.usd += usd
+
+
+def survey(plan: Plan, serving: Serving, storage: FileStorage, prospect: Prospect | None = None) -> Summary:
     """Count the rows of a step by what the journal says of their requests; no model is loaded.
 
     Rows that a fold would drop count as done: folding is left to the run.
@@ -27,6 +65,7 @@ def survey(plan: Plan, serving: Serving, storage: FileStorage) -> Summary:
         plan: the step.
         serving: the plan's.
         storage: at the step.
+        prospect: is told every request.
 
     Raises:
         InputError: the table cannot be read.
@@ -55,6 +94,14 @@ def survey(plan: Plan, serving: Serving, storage: FileStorage) -> Summary:
             if states[-1][0] == "done":
                 tally.add_images(*index.sums(identity.key))
         _count(tally, states)
+        if prospect is not None:
+            requests: list[GenerationRequest] = []
+            for draft, identity, (state, _) in zip(drafts, identities, states, strict=True):
+                parent = None if draft.after is None else requests[draft.after]
+                requests.append(identifier.request(draft, identity, parent))
+                prospect.requests += 1
+                if state == "pending":
+                    prospect.add(requests[-1], serving)
     return tally.summary(storage.step_name, tally.planned, 0.0)
 
 

@@ -378,6 +378,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _hub() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError as error:
         raise MissingExtraError("huggingface_hub", "local", "a model from the Hugging Face Hub") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from dataflow.errors import ConfigError, InputError
 from dataflow.operators.combining import lacking
@@ -31,6 +32,8 @@ class EditEvaluator:
         with_prompt: whether the score depends on the instruction: the last user turn.
         options: how the step is run.
     """
+
+    answer: ClassVar = "words"
 
     def __init__(self, pipe: Serving, *, with_prompt: bool = False, options: RunOptions | None = None) -> None:
         self.pipe = pipe

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from dataflow.errors import ConfigError
 from dataflow.operators.combining import answered, combined, in_groups, lacking
@@ -39,6 +39,8 @@ class ImageEvaluator:
     Raises:
         ConfigError: the passes make no sense.
     """
+
+    answer: ClassVar = "words"
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import orjson
 
@@ -74,6 +74,8 @@ class ObjectEvaluator:
     Raises:
         ConfigError: a value that makes no sense.
     """
+
+    answer: ClassVar = "words"
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from dataflow.errors import ConfigError, InputError
 from dataflow.operators.combining import answered, combined, lacking
@@ -30,6 +30,8 @@ class PairEvaluator:
         with_prompt: whether the judge is told the prompt.
         options: how the step is run.
     """
+
+    answer: ClassVar = "words"
 
     def __init__(self, pipe: Serving, *, with_prompt: bool = True, options: RunOptions | None = None) -> None:
         self.pipe = pipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from dataflow.operators.rows import image_paths, mask_path, overrides, sample_count, user_turns, with_images
 from dataflow.runtime.engine import RunOptions, execute
@@ -23,6 +24,8 @@ class PromptedImageEditGenerator:
 
     Columns that override the serving's defaults: see :class:`~dataflow.operators.Text2ImageGenerator`.
     """
+
+    answer: ClassVar = "images"
 
     def __init__(self, pipe: Serving, *, seed: int = 0, options: RunOptions | None = None) -> None:
         self.pipe = pipe

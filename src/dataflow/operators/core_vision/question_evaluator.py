@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, ClassVar, Literal, TypeGuard, get_args
 
 from dataflow.errors import ConfigError, InputError
 from dataflow.metrics import questions
@@ -61,6 +61,8 @@ class QuestionEvaluator:
     Raises:
         ConfigError: there is no such aggregate.
     """
+
+    answer: ClassVar = "words"
 
     def __init__(
         self,

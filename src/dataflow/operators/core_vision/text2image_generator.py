@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from dataflow.errors import InputError
 from dataflow.operators.rows import overrides, sample_count, user_turns, with_images
@@ -22,6 +23,8 @@ class Text2ImageGenerator:
     A row may override the serving's defaults in columns ``negative_prompt``, ``height`` and ``width`` (pixels),
     ``seed``, ``num_inference_steps``, ``guidance_scale``, ``true_cfg_scale``, ``strength`` and ``max_sequence_length``.
     """
+
+    answer: ClassVar = "images"
 
     def __init__(self, pipe: Serving, *, seed: int = 0, options: RunOptions | None = None) -> None:
         self.pipe = pipe

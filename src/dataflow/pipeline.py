@@ -75,8 +75,12 @@ class Pipeline:
         self.steps = tuple(steps)
 
     def plans(self) -> list[Plan]:
-        """The steps as descriptions; no work is done."""
-        return [step.operator.plan(**step.keys) for step in self.steps]
+        """The steps as descriptions; no work is done.
+
+        Raises:
+            ConfigError: an operator does not take its keys.
+        """
+        return [_plan(step) for step in self.steps]
 
     def compile(self, columns: Sequence[str], table: str = "the table") -> tuple[CompiledStep, ...]:
         """Follow the columns through the steps; no work is done.
@@ -265,6 +269,15 @@ class Pipeline:
             if name.startswith("output") is output and column in (value, str(value).partition(".")[0])
         )
         return f"{step.place.label(next(names, None))}: {text}"
+
+
+def _plan(step: Step) -> Plan:
+    try:
+        return step.operator.plan(**step.keys)
+    except ConfigError as error:
+        if step.place is None:
+            raise
+        raise ConfigError(f"{step.place.label()}: {error}") from error
 
 
 def table_columns(storage: FileStorage) -> list[str]:

@@ -84,7 +84,7 @@ class AcceptanceLoop(Pipeline):
         image_key: column with the images.
 
     Raises:
-        ConfigError: no step that makes images, or numbers that make no sense.
+        ConfigError: no step that makes images, one that makes several rows of one, or numbers that make no sense.
     """
 
     def __init__(
@@ -109,6 +109,12 @@ class AcceptanceLoop(Pipeline):
             for n, step in enumerate(steps)
         ]
         super().__init__(counted)
+        several = [plan.name for plan in self.plans() if plan.multiplies]
+        if several:
+            raise ConfigError(
+                f"{several[0]} makes several rows of one, and the loop counts images by row: run it in a pipeline of"
+                " its own, and this one over its table"
+            )
 
     def as_read(self, storage: FileStorage) -> FileStorage:
         """The storage with the columns that the loop adds, as the first round reads it."""

@@ -19,6 +19,8 @@ _PATHS = frozenset({"first_entry_file_name", "cache_path", "save_path", "hf_cach
     "price_table",
     "model_table",
     "vectors",
+    "attribute_file",
+    "tokenizer",
     "head",
     "checkpoint",
     "lpips_weights",

@@ -23,6 +23,7 @@ SERVINGS = {
     "judge": "dataflow.serving.judge:JudgeServing",
     "answers": "dataflow.serving.answers:AnswerServing",
     "pair_judge": "dataflow.serving.pair_judge:PairJudge",
+    "writer": "dataflow.serving.writer:WriterServing",
     "fake": "dataflow.serving.fake_serving:FakeServing",
 }
 OPERATORS = {
@@ -37,4 +38,10 @@ OPERATORS = {
     "PairEvaluator": "dataflow.operators.core_vision.pair_evaluator:PairEvaluator",
     "ScoreFilter": "dataflow.operators.core_vision.score_filter:ScoreFilter",
     "DuplicateFilter": "dataflow.operators.core_vision.duplicate_filter:DuplicateFilter",
+    "PromptTemplateSampler": "dataflow.operators.core_text.prompt_template_sampler:PromptTemplateSampler",
+    "PromptRewriter": "dataflow.operators.core_text.prompt_rewriter:PromptRewriter",
+    "PromptTranslator": "dataflow.operators.core_text.prompt_translator:PromptTranslator",
+    "PromptDeduplicator": "dataflow.operators.core_text.prompt_deduplicator:PromptDeduplicator",
+    "PromptBalancer": "dataflow.operators.core_text.prompt_balancer:PromptBalancer",
+    "EditInstructionWriter": "dataflow.operators.core_text.edit_instruction_writer:EditInstructionWriter",
 }

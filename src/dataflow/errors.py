@@ -34,6 +34,11 @@ _UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 """What drives a terminal or turns the order of letters around; words of services and names of files may hold it."""
 
 
+def harmless(text: str) -> str:
+    """The text with what would drive a terminal replaced, on one line."""
+    return _UNSHOWN.sub("\ufffd", text).replace("\n", " ")
+
+
 class DataflowError(Exception):
     """Root of all errors raised on purpose; the text is meant for the user."""
 
@@ -84,7 +89,7 @@ class InputError(DataflowError):
         if self.field is not None:
             where.append(f"column {self.field!r}")
         text = f"{', '.join(where)}: {self.message}" if where else self.message
-        return _UNSHOWN.sub("\ufffd", text).replace("\n", " ")
+        return harmless(text)
 
     def __reduce__(self):
         return _rebuild_input_error, (type(self), self.message, self.path, self.row, self.field, self.__dict__)

@@ -172,9 +172,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A row that a fold takes out of the table; it goes to the step's sidecar file with this reason."""
+    """A row that a fold takes out of the table; it goes to the step's sidecar file with this reason.
+
+    Attributes:
+        reason: one word, for counting.
+        details: what else the sidecar says of it, as JSON: which row it repeats, what is wrong with it.
+    """
 
     reason: str
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 RAW_LIMIT = 10_000
@@ -311,24 +317,27 @@ class Plan:
         inputs: columns that rows must have.
         outputs: columns the step writes.
         requests: what a row asks for; raises :class:`~dataflow.errors.InputError` for a row that cannot be used.
-        fold: the row with its outcomes in it, or :class:`Drop`.
+        fold: the row with its outcomes in it, or :class:`Drop`. Where ``multiplies``, it may also give several rows,
+            at least one, which are written in their order; they may be made one by one, as they are written.
         serving: who makes it; None for a step that only folds (a filter).
         seed: the run seed, mixed into every derived seed.
         prepare: looks over all rows before the first is folded, for a step without a serving that decides about a row
             by the others.
         folding: what the fold goes by beyond the outcomes, such as rules and thresholds: with another one the table is
             written anew, though nothing was made.
+        multiplies: a row may become several, so that nothing but a run tells how many the step writes.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     requests: Callable[[Row], Sequence[Draft]]
-    fold: Callable[[Row, Sequence[Outcome]], Row | Drop]
+    fold: Callable[[Row, Sequence[Outcome]], Row | Drop | Iterable[Row]]
     serving: Serving | None = None
     seed: int = 0
     prepare: Callable[[Iterable[Row | BadRow]], None] | None = None
     folding: str = ""
+    multiplies: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,7 +367,7 @@ class Forecast:
 
 @dataclass(slots=True, kw_only=True)
 class Summary:
-    """What became of a step's rows. ``rows == done + refused + failed + dropped + pending``, always.
+    """What became of a step's input rows. ``rows == done + refused + failed + dropped + pending``, always.
 
     Attributes:
         step: name of the step's table without suffix.
@@ -377,6 +386,8 @@ class Summary:
         usd: US dollars spent on the step in all its runs, refused and repeated calls included.
         unpriced: calls of which nobody knows what they cost.
         output: path of the step's table, None when it was not written.
+        written: rows in it. They are more than those that were not dropped where a row became several, and fewer by
+            what was no row at all.
         forecast: what the rest will take, after a pilot.
     """
 
@@ -396,6 +407,7 @@ class Summary:
     usd: float = 0.0
     unpriced: int = 0
     output: str | None = None
+    written: int = 0
     forecast: Forecast | None = None
 
     @property

@@ -10,7 +10,7 @@ from dataflow.operators import PromptedImageEditGenerator, Text2ImageGenerator
 from dataflow.runtime.survey import survey
 from dataflow.types import Summary
 
-FIGURES = {field.name for field in fields(Summary)} - {"made", "adopted", "seconds", "output"}
+FIGURES = {field.name for field in fields(Summary)} - {"made", "adopted", "seconds", "output", "written"}
 
 
 def look(job, *, edit=False, **options) -> Summary:

@@ -114,6 +114,8 @@ def outline(job: Job, config: PipelineConfig) -> Iterator[Outline]:
             found = _counted(found, plan, plan.serving, storage)
         settled = known and found.pending in (None, 0) and storage.output_path.is_file()
         yield found
+        if plan.multiplies:
+            rows = None
 
 
 def _counted(found: Outline, plan: Plan, serving: Serving, storage: FileStorage) -> Outline:

@@ -26,14 +26,14 @@ from dataflow.utils.storage import FileStorage
 StepStatus = dict[str, Any]
 """What is printed of one step; a figure is None where nothing tells it."""
 
-FIGURES = ("rows", *SETTLED, "pending", "images", "bytes", "usd", "unpriced")
+FIGURES = ("rows", *SETTLED, "pending", "images", "bytes", "usd", "unpriced", "written")
 
 
 def status(args: argparse.Namespace) -> int:
     """Print the sums."""
     folder = Path(args.folder)
-    steps = list(_steps_of_job(folder) if (folder / JOB_FILE).is_file() else _steps_of_journals(folder))
-    writer = _writer(folder)
+    steps = standing(folder)
+    writer = writer_of(folder)
     usd, kept = sum(step["usd"] or 0.0 for step in steps), steps[-1]["done"]
     if args.json:
         sums = {"usd": usd, "usd_per_kept_row": usd / kept if kept else None}
@@ -48,19 +48,31 @@ def status(args: argparse.Namespace) -> int:
     return 0
 
 
+def standing(folder: Path) -> list[StepStatus]:
+    """How every step of a job stands.
+
+    Raises:
+        DataflowError: the folder holds no job, or its tables cannot be read.
+    """
+    return list(_steps_of_job(folder) if (folder / JOB_FILE).is_file() else _steps_of_journals(folder))
+
+
 def _steps_of_job(folder: Path) -> Iterator[StepStatus]:
     """The steps that the folder's pipeline file describes, also those that have not begun."""
     config = load_job(folder)
     job = configuration.build(offline(config))
     job.storage.reset()
     before: StepStatus = {}
+    multiplied = False
     for plan in job.pipeline.plans():
         job.storage.step()
-        before = _step(folder, job, plan, before)
+        before = _step(folder, job, plan, before, multiplied)
+        multiplied = plan.multiplies
         yield before
 
 
-def _step(folder: Path, job: Job, plan: Plan, before: StepStatus) -> StepStatus:
+def _step(folder: Path, job: Job, plan: Plan, before: StepStatus, multiplied: bool) -> StepStatus:
+    """How a step stands; ``multiplied`` if the step before it makes several rows of one."""
     storage = job.storage
     journal = journal_folder(storage)
     known = load_summary(journal)
@@ -68,9 +80,10 @@ def _step(folder: Path, job: Job, plan: Plan, before: StepStatus) -> StepStatus:
     facts = {"step": storage.step_name, "operator": plan.name, "table": None}
     if known and _is_current(known, journal, storage, folder):
         return facts | _figures(known) | {"table": known["output"]}
-    if before and (before["pending"] or not storage.input_path.exists()):
+    unknown = bool(before) and before["pending"] is None and "counted" not in before
+    if before and (before["pending"] or unknown or not storage.input_path.exists()):
         # The table this step reads is not written yet: all of its rows are still to come.
-        rows = None if before["rows"] is None else before["rows"] - before["dropped"]
+        rows = None if before["rows"] is None or multiplied else before["rows"] - before["dropped"]
         return facts | dict.fromkeys(FIGURES, 0) | {"rows": rows, "pending": rows, "reasons": {}}
     if plan.serving is None:
         rows = storage.count_rows()
@@ -147,6 +160,7 @@ def _of_journal(journal: Path, known: dict[str, Any] | None = None) -> StepStatu
         "usd": index.usd,
         "unpriced": index.unpriced,
         "reasons": reasons,
+        "written": None,
         "counted": "requests",
     }
 
@@ -158,7 +172,7 @@ def _figures(known: dict[str, Any]) -> StepStatus:
 # Words -------------------------------------------------------------------------------------------------------------
 
 
-def _writer(folder: Path) -> dict[str, Any] | None:
+def writer_of(folder: Path) -> dict[str, Any] | None:
     """Who writes to the folder now, as its lock says."""
     try:
         owner = orjson.loads((folder / ".lock.owner").read_bytes())
@@ -180,6 +194,12 @@ def _alive(pid: int) -> bool:
     except (OSError, IndexError):  # not on Linux
         return True
     return state != "Z"  # dead, and its parent has not noticed yet
+
+
+def _rows_written(step: StepStatus) -> str:
+    """How many rows the table has, where a row became several."""
+    more = step["written"] and step["rows"] is not None and step["written"] > step["rows"] - step["dropped"]
+    return f" ({step['written']} rows)" if more else ""
 
 
 def _running(writer: dict[str, Any] | None) -> str:
@@ -204,5 +224,5 @@ def _described(step: StepStatus) -> str:
     lines.append(f"  {step['images']} images ({human_bytes(step['bytes'])})")
     if step["usd"] or step["unpriced"]:
         lines.append(f"  {spending(step['usd'], step['unpriced'], step['images'])}")
-    lines.append(f"  table: {shown(Path(step['table'])) if step['table'] else 'not written yet'}")
+    lines.append(f"  table: {shown(Path(step['table'])) + _rows_written(step) if step['table'] else 'not written yet'}")
     return "\n".join(lines)

@@ -86,7 +86,7 @@ def describe_forecast(found: Forecast) -> str:
     else:
         lines.append("  cost     nothing was counted, or at an unknown price")
     if found.seconds is not None:
-        lines.append(f"  time     {_duration(found.seconds)}")
+        lines.append(f"  time     {duration(found.seconds)}")
     if found.bytes is not None:
         lines.append(f"  disk     {human_bytes(found.bytes)}")
     for name, (low, likely, high) in (("refused", found.refused), ("failed", found.failed)):
@@ -118,7 +118,8 @@ def _share(count: int, of: int) -> tuple[float, float, float]:
     return found.low, found.value, found.high
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``5400`` as ``90 min``."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:

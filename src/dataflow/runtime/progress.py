@@ -92,7 +92,8 @@ def describe(summary: Summary) -> str:
     if summary.usd or summary.unpriced:
         lines.append(f"  {spending(summary.usd, summary.unpriced, summary.images)}")
     if summary.output:
-        lines.append(f"  table: {summary.output}")
+        written = f" ({summary.written} rows)" if summary.written > summary.rows - summary.dropped else ""
+        lines.append(f"  table: {summary.output}{written}")
     return "\n".join(lines)
 
 

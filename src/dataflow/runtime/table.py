@@ -47,12 +47,15 @@ def write(plan: Plan, storage: FileStorage, planner: Planner, signature: Mapping
     digest = state.hexdigest()
     known = load_summary(journal_folder(storage)) or {}
     output = storage.output_path
-    unchanged = known.get("state") == digest and known.get("output_signature") == _signature(output)
+    unchanged = (
+        known.get("state") == digest and known.get("output_signature") == _signature(output) and "written" in known
+    )
     entries = _entries(storage, planner)
     if unchanged:
         tally.counts.update({name: known[name] - tally.counts[name] for name in SETTLED})
         tally.reasons.clear()
         tally.reasons.update(known["reasons"])
+        tally.written = known["written"]
     else:
         _keep_other_table(plan, storage, known)
         tally.recount()
@@ -139,7 +142,7 @@ def _write_entries(
                 raise StepError(f"{storage.input_path}, row {tally.planned + 1}: {error}") from error
             if isinstance(folded, Drop):
                 tally.count("dropped", folded.reason)
-                dropped.write({"reason": folded.reason, "row": row})
+                dropped.write({"reason": folded.reason, **folded.details, "row": row})
             elif MARK in row:
                 # No reason to keep all other rows from their table.
                 error = InputError(
@@ -152,8 +155,8 @@ def _write_entries(
                 tally.count("failed", "reserved_column")
                 dropped.write({"reason": "reserved_column", "error": str(error), "row": row})
             else:
+                tally.written += _write_rows(plan, out, folded)
                 tally.count(*worst(outcomes))
-                out.write(folded)
         if storage.input_signature() != signature:
             # Raised before the writer ends: the old table stays.
             raise StepError(
@@ -162,6 +165,25 @@ def _write_entries(
             )
     if not dropped_path.stat().st_size:
         dropped_path.unlink()
+
+
+def _write_rows(plan: Plan, out: TableWriter, folded: Any) -> int:
+    """Write what became of one row; how many rows that are.
+
+    Raises:
+        StepError: none, or several where the plan said that a row stays one.
+    """
+    if isinstance(folded, dict):
+        out.write(folded)
+        return 1
+    if not plan.multiplies:
+        raise StepError(f"{plan.name} makes several rows of one: its plan must say multiplies=True")
+    written = 0
+    for written, row in enumerate(folded, start=1):  # noqa: B007 - counted
+        out.write(row)
+    if not written:
+        raise StepError(f"{plan.name} made no row of one: its fold must give a Drop with a reason instead")
+    return written
 
 
 def _keep_other_table(plan: Plan, storage: FileStorage, known: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ class Tally:
         usd: US dollars spent in all runs.
         unpriced: calls of which nobody knows what they cost.
         in_jobs: requests that wait in batch jobs.
+        written: rows of the step's table so far.
     """
 
     planned: int = 0
@@ -49,6 +50,7 @@ class Tally:
     usd: float = 0.0
     unpriced: int = 0
     in_jobs: int = 0
+    written: int = 0
     _open: dict[int, _OpenRow] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _row_of: dict[bytes, int] = field(default_factory=dict)
@@ -109,7 +111,7 @@ class Tally:
     def recount(self) -> None:
         """All rows are counted again, with :meth:`count`, as they are folded into the table."""
         with self._lock:
-            self.planned = 0
+            self.planned = self.written = 0
             self.counts.clear()
             self.reasons.clear()
 
@@ -137,6 +139,7 @@ class Tally:
                 seconds=seconds,
                 usd=self.usd,
                 unpriced=self.unpriced,
+                written=self.written,
             )
 
     def _close(self, status: Status | Literal["dropped"], reason: str) -> None:

@@ -24,6 +24,7 @@ from typing import NoReturn
 from dataflow import __version__
 from dataflow.commands.options import DEFAULT_FOLDER, add_job_options, add_pilot
 from dataflow.commands.scoring_options import add_scoring
+from dataflow.commands.watch_options import add_watch
 from dataflow.errors import CacheBusyError, DataflowError, RunStoppedError, ServingError, StepError
 
 NOT_ALL_DONE, USAGE, STOPPED, BUSY, INTERRUPTED = 1, 2, 3, 4, 130
@@ -53,6 +54,7 @@ _COMMANDS = {
     "plan": ("plan", "plan"),
     "run": ("job", "run"),
     "status": ("status", "status"),
+    "watch": ("watch", "watch"),
     "retry": ("job", "retry"),
     "replay": ("replay", "replay"),
     "compare": ("compare", "compare"),
@@ -307,6 +309,7 @@ def _add_looking(add) -> None:
     )
     command.add_argument("folder", metavar="OUT", nargs="?", default=DEFAULT_FOLDER, help="default ./%(default)s")
     command.add_argument("--json", action="store_true", help="for scripts")
+    add_watch(add)
     command = add(
         "retry",
         "try failed rows again",

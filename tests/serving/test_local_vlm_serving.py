@@ -83,9 +83,11 @@ def by_hand(folder, path, prompt, steps):
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
     reader = transformers.AutoTokenizer.from_pretrained(folder)
     looker = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    seen = looker(images=Image.open(path).convert("RGB"), return_tensors="pt")
-    places = "<|image_pad|>" * int(seen["image_grid_thw"][0].prod() // 4)
-    text = f"<|im_start|>user\n<|vision_start|>{places}<|vision_end|>{prompt}{END}\n<|im_start|>assistant\n"
+    seen = looker(images=Image.open(path).convert("RGB"), return_tensors="pt") if path else {}
+    places = (
+        f"<|vision_start|>{'<|image_pad|>' * int(seen['image_grid_thw'][0].prod() // 4)}<|vision_end|>" if path else ""
+    )
+    text = f"<|im_start|>user\n{places}{prompt}{END}\n<|im_start|>assistant\n"
     ids = torch.tensor([reader.encode(text)])
     found, shares = [], []
     for _ in range(steps):
@@ -114,6 +116,14 @@ class TestAnswers:
             assert [each["logprob"] for each in entry["top_logprobs"]] == pytest.approx(best.values.tolist(), abs=1e-4)
             assert entry["top_logprobs"][0] == {"token": entry["token"], "logprob": entry["logprob"]}
         assert json.loads(json.dumps(result.provenance)) == result.provenance
+        serving.cleanup()
+
+    def test_to_words_alone_are_those_of_the_model_itself(self, random):
+        serving = local(random)
+        longer = request(serving, prompt="Is it a much longer question than the other one is?")
+        [result, _] = ask(serving, request(serving), longer)
+        reader, ids, _ = by_hand(random, None, "Is it?", 6)
+        assert result.text == reader.decode(ids, skip_special_tokens=True)
         serving.cleanup()
 
     def test_depend_on_the_picture_and_not_on_the_batch(self, random, desk):
@@ -223,7 +233,6 @@ class TestMissing:
             ({"params": {"max_tokens": None}}, "max_tokens"),
             ({"params": {"temperature": -1}}, "temperature"),
             ({"params": {"logprobs": True, "top_logprobs": 21}}, "top_logprobs"),
-            ({"images": ()}, "no picture"),
             ({"negative_prompt": "dogs"}, "negative prompt"),
             ({"size": (8, 8)}, "size"),
         ],
@@ -355,6 +364,7 @@ class TestModel:
         ]
         assert keys[0] == keys[1]
         assert len(set(keys)) == 3
+        assert serving.batch_key(request(serving)) not in keys
 
     def test_it_has_to_be_set_up(self, random):
         with pytest.raises(FatalServingError, match="not set up"):

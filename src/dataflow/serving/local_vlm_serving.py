@@ -112,22 +112,20 @@ class LocalVLMServing(TransformersServing):
         return dict(self.params)
 
     def check(self, request: GenerationRequest) -> None:
-        """Refuse what a question about pictures cannot say.
+        """Refuse what a question cannot say. It may be about pictures, or words alone.
 
         Raises:
-            BadRequestError: no picture, earlier turns, a negative prompt, a size, or a parameter not known here.
+            BadRequestError: earlier turns, a negative prompt, a size, or a parameter not known here.
         """
-        if not request.images:
-            raise BadRequestError("there is no picture to look at", reason="not_applicable")
         if request.turns or request.after or request.negative_prompt or request.size:
-            raise BadRequestError("a question about pictures has no earlier turns, negative prompt or size")
+            raise BadRequestError("a question to this model has no earlier turns, negative prompt or size")
         if unknown := sorted(request.params.keys() - self.params.keys() - _KNOWN):
             raise BadRequestError(f"the row sets {', '.join(unknown)}, of which this model knows nothing")
         _manner(request)
 
     def batch_key(self, request: GenerationRequest) -> Hashable:
-        """Requests answered in the same manner share a batch."""
-        return json.dumps(request.params, sort_keys=True, default=str)
+        """Requests answered in the same manner share a batch; those with pictures and those without are apart."""
+        return bool(request.images), json.dumps(request.params, sort_keys=True, default=str)
 
     # Work ----------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import orjson
@@ -87,6 +88,15 @@ def test_a_comparison(examples, capsys):
     folders = ["cache_local/compare_4_steps", "cache_local/compare_12_steps"]
     assert main(["compare", *folders, "--metric", "clip.alignment", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == ROWS
+
+
+@needs_model
+def test_prompts_from_a_template(examples, capsys):
+    rows = run("template_prompts", capsys)
+    assert len(rows) == made(Path("cache_local/template_prompts"))
+    shapes = Counter(row["attributes"]["shape"] for row in rows)
+    assert max(shapes.values()) == 2
+    assert all(row["attributes"]["colour"] in row["prompt"] for row in rows)
 
 
 def test_edit_pairs_through_an_api(examples, capsys, monkeypatch):

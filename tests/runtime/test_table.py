@@ -63,6 +63,14 @@ class TestSummaryFile:
         assert (kept["operator"], kept["input"]) == ("Text2ImageGenerator", str(job.input))
         assert kept["output"] == summary.output
 
+    def test_time_is_added_up_over_the_runs_of_a_job(self, job):
+        first = job.prompts("a").run()
+        second = job.prompts("a", "b").run()
+        assert load_summary(folder(job))["seconds_in_all"] == pytest.approx(first.seconds + second.seconds)
+        job.input = job.folder / "other.jsonl"
+        other = job.prompts("c").run()
+        assert load_summary(folder(job))["seconds_in_all"] == other.seconds
+
     def test_a_broken_or_missing_one_means_that_nothing_is_known(self, job):
         assert load_summary(folder(job)) is None
         job.prompts("a").run()

@@ -87,10 +87,13 @@ def save_summary(plan: Plan, storage: FileStorage, summary: Summary, **facts: ob
     folder = journal_folder(storage)
     folder.mkdir(parents=True, exist_ok=True)
     job = {"operator": plan.name, "input": str(storage.input_path)}
+    known = load_summary(folder) or {}
+    before = known.get("seconds_in_all", 0.0) if all(known.get(name) == value for name, value in job.items()) else 0.0
     body = {
         **job,
-        "table_of": job if summary.output else (load_summary(folder) or {}).get("table_of"),
+        "table_of": job if summary.output else known.get("table_of"),
         **{name: getattr(summary, name) for name in summary.__slots__},
+        "seconds_in_all": before + summary.seconds,
         "output_signature": _signature(storage.output_path),
         **facts,
     }

@@ -11,6 +11,7 @@ help:
 	@echo "make test    install, then everything CI checks: lint, types, layers, tests, coverage"
 	@echo "make check   lint, types and layers only"
 	@echo "make format  put the code into its format"
+	@echo "make docs    build the documentation into site/"
 	@echo "make bench   run the benchmarks and write benchmarks/RESULTS.md"
 	@echo "make clean   remove the environment and everything generated"
 
@@ -51,8 +52,11 @@ test: check
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
 
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build
+
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) demo_output dataflow_output .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) demo_output dataflow_output .coverage .coverage.* site .pytest_cache .ruff_cache .import_linter_cache

@@ -395,3 +395,47 @@ class TestServicesOfServings:
     def test_services_that_are_none(self, tmp_path, keys, told):
         with pytest.raises(ConfigError, match=told):
             self.judge(tmp_path, **keys)
+
+
+class TestWhatIsWrittenInTheEnd:
+    """``[report]`` and ``[[export]]``."""
+
+    TEXT = (
+        GOOD
+        + '[report]\ntitle = "Foxes"\n'
+        + '[[export]]\noutput = "shards"\nformat = "webdataset"\nrename = {images = "image"}\n'
+        + '[[export]]\noutput = "tables/flat"\nformat = "parquet"\ncolumns = ["prompt"]\nvalidation = 0.1\n'
+    )
+
+    def test_is_read_and_dumped(self, write, tmp_path):
+        found = config.load(write(self.TEXT))
+        assert found.report == config.OutputConfig(output=str(tmp_path / "out/report"), arguments={"title": "Foxes"})
+        first, second = found.exports
+        assert (first.output, second.output) == (str(tmp_path / "shards"), str(tmp_path / "tables/flat"))
+        assert first.arguments == {"format": "webdataset", "rename": {"images": "image"}}
+        assert second.arguments == {"format": "parquet", "columns": ("prompt",), "validation": 0.1}
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/job.toml").write_text(config.dump(found, tmp_path / "out"))
+        again = config.load(tmp_path / "out/job.toml")
+        assert (again.report, again.exports) == (found.report, found.exports)
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("[report]\ntitel = 'x'\n", "15: [report]: titel: there is no such key (did you mean 'title'?)"),
+            ("[report]\nthumbnail_size = 9\n", "14: [report]: thumbnail_size must be a whole number from 32 to 512"),
+            ("[[export]]\nformat = 'parquet'\n", "14: [[export]] 1: the key 'output' is missing: it takes text"),
+            ("[[export]]\noutput = 'a'\nformat = 'tar'\n", "16: [[export]] 1: format: expected 'webdataset' or"),
+            ("[export]\noutput = 'a'\n", "14: [export]: must be written [[export]], with two brackets each side"),
+            (
+                "[[export]]\noutput = 'a'\n[[export]]\noutput = 'a'\n",
+                "17: [[export]] 2: output: another export writes to 'a', too",
+            ),
+            (
+                "[[export]]\noutput = 'a'\nvalidation = 0.7\ntest = 0.7\n",
+                "14: [[export]] 1: export: validation and test are more than 1 together",
+            ),
+        ],
+    )
+    def test_or_told(self, write, text, told):
+        assert refused(write(GOOD + text)).startswith(told)

@@ -180,7 +180,7 @@ MISTAKES = {
         "\n[accept]\nwnted = 2\n",
         "35: [accept]: wnted: there is no such key (did you mea",
     ),
-    "a filter without a condition": ("minimum = 0.1\n", "", "28: [[step]] 3: give minimum, maximum, drop_lowest_share or"),
+    "a filter without a condition": ("minimum = 0.1\n", "", "28: [[step]] 3: give minimum, maximum, drop_lowest"),
     "none of the best": ("minimum = 0.1", "top_k = 0", "28: [[step]] 3: top_k must be a whole number from 1, got 0"),
     # Columns and tables.
     "a table there is not": ('"in.jsonl"', '"inn.jsonl"', "3: [storage]: first_entry_file_name: there is no file "),

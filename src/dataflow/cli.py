@@ -22,7 +22,9 @@ from types import FrameType
 from typing import NoReturn
 
 from dataflow import __version__
+from dataflow.commands.export_options import add_export
 from dataflow.commands.options import DEFAULT_FOLDER, add_job_options, add_pilot
+from dataflow.commands.report_options import add_report
 from dataflow.commands.scoring_options import add_scoring
 from dataflow.commands.watch_options import add_watch
 from dataflow.errors import CacheBusyError, DataflowError, RunStoppedError, ServingError, StepError
@@ -55,6 +57,8 @@ _COMMANDS = {
     "run": ("job", "run"),
     "status": ("status", "status"),
     "watch": ("watch", "watch"),
+    "report": ("report", "report"),
+    "export": ("export", "export"),
     "retry": ("job", "retry"),
     "replay": ("replay", "replay"),
     "compare": ("compare", "compare"),
@@ -310,6 +314,8 @@ def _add_looking(add) -> None:
     command.add_argument("folder", metavar="OUT", nargs="?", default=DEFAULT_FOLDER, help="default ./%(default)s")
     command.add_argument("--json", action="store_true", help="for scripts")
     add_watch(add)
+    add_report(add)
+    add_export(add)
     command = add(
         "retry",
         "try failed rows again",

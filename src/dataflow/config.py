@@ -34,6 +34,13 @@
     max_failed_fraction = 0.5
     budget_usd = 25.0                      # for each step, over all its runs
 
+    [report]                               # ReportOptions; optional: a page is written when the last step has ended
+    output = "report"                      # cache_path/report where nothing is said
+
+    [[export]]                             # ExportOptions; optional: as many datasets as there are tables
+    output = "dataset"
+    format = "webdataset"
+
 Relative paths are relative to the folder of the file, wherever it is run from. Everything is checked before anything
 runs, against the signatures of the classes themselves: unknown keys, wrong types, missing keys.
 """
@@ -42,7 +49,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,9 +60,11 @@ from dataflow.acceptance import AcceptanceLoop
 from dataflow.config_checks import SERVICE, arguments, class_of, construct, known, parameters, shown
 from dataflow.config_names import OPERATORS, SERVINGS
 from dataflow.errors import ConfigError
+from dataflow.export.options import ExportOptions
 from dataflow.io import ImageIO
 from dataflow.pipeline import Operator, Pipeline, Step, did_you_mean, listed
 from dataflow.places import Place, not_toml
+from dataflow.report.options import ReportOptions
 from dataflow.runtime.engine import RunOptions
 from dataflow.serving.judge import RUBRICS, Rubric, read_rubric
 from dataflow.types import Serving
@@ -64,7 +73,7 @@ from dataflow.utils.storage import FileStorage
 _TASKS = {"Text2ImageGenerator": "text2image", "PromptedImageEditGenerator": "imageedit"}
 """What a local model must have been told to do, for the operators that need one or the other."""
 
-_TABLES = ("storage", "images", "serving", "step", "accept", "run")
+_TABLES = ("storage", "images", "serving", "step", "accept", "run", "report", "export")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +107,20 @@ class StepConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OutputConfig:
+    """One ``[report]`` or ``[[export]]``.
+
+    Attributes:
+        output: folder.
+        arguments: of :class:`~dataflow.report.options.ReportOptions` or
+            :class:`~dataflow.export.options.ExportOptions`.
+    """
+
+    output: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineConfig:
     """A whole pipeline file, checked, with absolute paths.
 
@@ -109,6 +132,8 @@ class PipelineConfig:
         steps: in order.
         run: how steps are run.
         accept: arguments of :class:`~dataflow.acceptance.AcceptanceLoop`; None runs the steps once.
+        report: the page that is written in the end.
+        exports: the datasets that are.
     """
 
     here: Place = field(compare=False)
@@ -118,6 +143,8 @@ class PipelineConfig:
     steps: tuple[StepConfig, ...]
     run: Mapping[str, Any]
     accept: Mapping[str, Any] | None = None
+    report: OutputConfig | None = None
+    exports: tuple[OutputConfig, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -200,6 +227,8 @@ def _parsed(document: Mapping[str, Any], here: Place) -> PipelineConfig:
         steps=tuple(_step(here / "step" / n, table, servings) for n, table in enumerate(steps)),
         run=run,
         accept=_accept(here / "accept", document.get("accept")),
+        report=_report(here / "report", document.get("report"), storage["cache_path"]),
+        exports=tuple(_exports(here, document.get("export", []))),
     )
 
 
@@ -273,6 +302,8 @@ def dump(config: PipelineConfig, folder: Path) -> str:
         document["accept"] = config.accept
     if config.run:
         document["run"] = config.run
+    if config.report:
+        document["report"] = {"output": config.report.output, **config.report.arguments}
     document["serving"] = {name: {"type": s.type, **s.arguments} for name, s in config.servings.items()}
     parts = [tomli_w.dumps(_plain(document, folder))]
     for step in config.steps:
@@ -280,6 +311,9 @@ def dump(config: PipelineConfig, folder: Path) -> str:
         table = {"operator": step.operator, **serving, **step.arguments, **step.keys}
         # Given the list of steps, tomli_w would write short ones as one long line.
         parts.append(tomli_w.dumps(_plain({"step": table}, folder)).replace("[step]", "[[step]]", 1))
+    for each in config.exports:
+        table = {"output": each.output, **each.arguments}
+        parts.append(tomli_w.dumps(_plain({"export": table}, folder)).replace("[export]", "[[export]]", 1))
     return "\n".join(parts)
 
 
@@ -376,6 +410,41 @@ def _accept(place: Place, table: Any) -> dict[str, Any] | None:
     if not isinstance(table, dict):
         place.fail(f"must be a table, found {shown(table)}")
     return arguments(place, table, AcceptanceLoop, skip=("steps",))
+
+
+def _report(place: Place, table: Any, folder: str) -> OutputConfig | None:
+    if table is None:
+        return None
+    if not isinstance(table, dict):
+        place.fail(f"must be a table, found {shown(table)}")
+    return _output(place, {"output": os.path.join(folder, "report"), **table}, ReportOptions)  # noqa: PTH118 - text
+
+
+def _exports(here: Place, tables: Any) -> Iterator[OutputConfig]:
+    if not isinstance(tables, list):
+        here.fail("must be written [[export]], with two brackets each side", "export")
+    for number, table in enumerate(tables):
+        place = here / "export" / number
+        if not isinstance(table, dict):
+            place.fail(f"must be a table, found {shown(table)}")
+        yield _output(place, table, ExportOptions)
+    outputs = [table.get("output") for table in tables]
+    for number, output in enumerate(outputs):
+        if output in outputs[:number]:
+            (here / "export" / number).fail(f"another export writes to {output!r}, too", "output")
+
+
+def _output(place: Place, table: Mapping[str, Any], options: type) -> OutputConfig:
+    given = {key: value for key, value in table.items() if key != "output"}
+    known(place, given, parameters(options), "key", also=("output",))
+    checked = arguments(place, given, options)
+    construct(place, options, checked)
+    folder = {key: value for key, value in table.items() if key == "output"}
+    return OutputConfig(output=arguments(place, folder, _written)["output"], arguments=checked)
+
+
+def _written(output: str) -> None:
+    """What every report and export is told beside its options: the folder."""
 
 
 def _loop(place: Place, steps: list[Step], arguments: Mapping[str, Any]) -> AcceptanceLoop:

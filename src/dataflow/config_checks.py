@@ -18,6 +18,8 @@ from dataflow.places import Place
 _PATHS = frozenset({"first_entry_file_name", "cache_path", "save_path", "hf_cache_dir", "hf_local_dir", "log"}) | {
     "price_table",
     "model_table",
+    "output",
+    "image_root",
     "vectors",
     "attribute_file",
     "tokenizer",

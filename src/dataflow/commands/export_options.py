@@ -6,7 +6,10 @@ import argparse
 import re
 from typing import Any
 
-from dataflow.export.options import ENCODINGS, FORMATS, LAYOUTS
+# As in dataflow.export.options, which would bring Pillow and numpy along for a --help.
+FORMATS = ("webdataset", "parquet", "folder", "jsonl", "lance")
+LAYOUTS = ("text_image", "edit", "multi_turn", "preference")
+ENCODINGS = ("jpeg", "webp", "png")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

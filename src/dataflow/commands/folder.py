@@ -6,7 +6,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,13 @@ from pathlib import Path
 from dataflow import config as configuration
 from dataflow.config import Job, PipelineConfig
 from dataflow.errors import ConfigError, InputError
-from dataflow.pipeline import CompiledStep
+from dataflow.pipeline import CompiledStep, did_you_mean, listed
 from dataflow.runtime.lock import cache_lock
 from dataflow.types import Summary
 
 JOB_FILE = "job.toml"
 _HEADER = "# What this folder was made by. `dataflow run` takes this file; paths are relative to this folder.\n\n"
+_EXPORT_COLUMNS = ("image_key", "source_key", "prompt_key", "rejected_key", "score_key", "preference_key")
 
 
 def load_job(folder: Path) -> PipelineConfig:
@@ -56,7 +57,32 @@ def check_tables(job: Job, config: PipelineConfig) -> tuple[CompiledStep, ...]:
     if not table.exists():
         where = (config.here / "storage").label("first_entry_file_name")
         raise ConfigError(f"{where}: there is no file {shown(table)}")
-    return job.pipeline.check_tables(job.storage)
+    compiled = job.pipeline.check_tables(job.storage)
+    _check_exports(config, compiled[-1].columns)
+    return compiled
+
+
+def _check_exports(config: PipelineConfig, columns: Collection[str]) -> None:
+    """The columns that exports name must be in the last table.
+
+    Args:
+        config: the pipeline file.
+        columns: of the last table; none where nobody knows them yet.
+
+    Raises:
+        ConfigError: one of them is not.
+    """
+    for number, export in enumerate(config.exports):
+        for key in ("columns", "exclude", "rename", *_EXPORT_COLUMNS):
+            given = export.arguments.get(key) or ()
+            for name in (given,) if isinstance(given, str) else given:
+                column = name.partition(".")[0]
+                if columns and column not in columns:
+                    where = (config.here / "export" / number).label(key)
+                    raise ConfigError(
+                        f"{where}: there will be no column {column!r}{did_you_mean(column, columns)};"
+                        f" in the end there are {listed(columns)}"
+                    )
 
 
 def launch(

@@ -15,6 +15,7 @@ import orjson
 from dataflow import config as configuration
 from dataflow.commands.folder import exit_code, launch, load_job, shown
 from dataflow.commands.options import serving_table
+from dataflow.commands.results import write_results
 from dataflow.config import PipelineConfig
 from dataflow.contact_sheet import Item, contact_sheet
 from dataflow.errors import ConfigError, InputError
@@ -177,11 +178,15 @@ def _finish(
 ) -> int:
     """Run and say on standard output where the result is."""
     summaries = launch(config, args, inputs, retry)
+    code = exit_code(summaries, config.folder, args)
+    if summaries[-1].output is None:
+        print("a pilot: the same command without --pilot makes the rest", file=sys.stderr)
+    elif getattr(args, "last", None) in (None, len(config.steps)):
+        complete = write_results(config, Path(summaries[-1].output), quiet=args.quiet)
+        code = code if complete else max(code, 1)
     if summaries[-1].output is not None:
         print(summaries[-1].output)
-    else:
-        print("a pilot: the same command without --pilot makes the rest", file=sys.stderr)
-    return exit_code(summaries, config.folder, args)
+    return code
 
 
 # Input -------------------------------------------------------------------------------------------------------------

@@ -30,14 +30,12 @@ class ScoreColumn:
     aligned: bool
 
     def of(self, number: int, prefix: str = "") -> dict[str, Any]:
-        """The columns of one picture.
+        """The columns of one picture of the owner.
 
         Args:
             number: its place among the owner's pictures.
             prefix: of the columns' names.
         """
-        if self.owner is None:
-            return {prefix + name: value for name, value in self.parts.items()}
         if not self.aligned:
             by = {f"{prefix}{self.name}_by": self.parts[f"{self.name}_by"]} if f"{self.name}_by" in self.parts else {}
             return {prefix + self.name: None, f"{prefix}{self.name}_status": MISALIGNED} | by

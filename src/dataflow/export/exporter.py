@@ -178,7 +178,7 @@ class _Export:
             if given and self.packing != only:
                 raise ConfigError(f"export: {name} is for the format {only}, and this is {self.packing}")
         if options.base_url is not None and options.touches_pixels:
-            raise ConfigError("export: base_url names pictures as they are elsewhere: leave their new size and format out")
+            raise ConfigError("export: base_url names pictures as they are elsewhere: leave size and format out")
         if options.published_only and not self.preset.columns:
             raise ConfigError("export: published_only needs a preset that has columns of its own")
 
@@ -205,7 +205,8 @@ class _Export:
             "version": _VERSION,
             "software": f"open-dataflow {__version__}, Pillow {PIL.__version__}" + _versions(self.packing),
             "table": digest,
-            "options": self.options.facts(),
+            # What is said and what is found out for oneself may come to the same.
+            "options": {**self.options.facts(), "format": self.packing, "layout": self.columns.layout},
         }
 
     # What is there already

@@ -100,6 +100,12 @@ def sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Make a file durable that is closed already."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def publish(staged: Path, target: Path) -> None:
     """Give a whole file or folder its name, in the place of an older one."""
     target.parent.mkdir(parents=True, exist_ok=True)

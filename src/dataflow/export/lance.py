@@ -11,7 +11,7 @@ from typing import Any
 
 from dataflow.errors import MissingExtraError
 from dataflow.export.arrow import arrow_type, cell
-from dataflow.export.files import Layout
+from dataflow.export.files import Layout, sync_file
 from dataflow.export.kinds import Kind
 from dataflow.export.samples import Picture, Ready
 from dataflow.utils.parquet import libraries
@@ -133,9 +133,9 @@ class _Shard:
         for fragment in self._fragments:
             for file in fragment["files"]:
                 path = self._uri / "data" / file["path"]
-                files.append(self._layout.told(path))
-                blobs = path.with_suffix("")
-                files += [self._layout.told(each) for each in sorted(blobs.glob("*"))] if blobs.is_dir() else []
+                for each in (path, *sorted(path.with_suffix("").glob("*"))):
+                    sync_file(each)
+                    files.append(self._layout.told(each))
         return {"files": files, "fragments": self._fragments}
 
     def discard(self) -> None:

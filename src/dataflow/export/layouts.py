@@ -289,11 +289,24 @@ class _Read:
         own = dict(scores)
         if with_source and self.sources and self.columns.source:
             own |= self.scores(self.columns.source, 0, "source_")
-        taken = {*values, *own, *fact_columns(all_slots)}
+        fixed = {*values, *fact_columns(all_slots)}
+        clashing = own.keys() & fixed
+        clashing |= {f"{name}_{part}" for name in clashing for part in ("status", "error", "by")}
+        own = {_free(f"row_{name}" if name in clashing else name, fixed): value for name, value in own.items()}
+        fixed |= own.keys()
         for name, value in self.rest().items():
-            values[f"row_{name}" if name in taken else name] = value
+            new = _free(name, fixed)
+            values[new] = value
+            fixed.add(new)
         values.update(own)
         return sample
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """The name, or with ``row_`` before it where something else has it."""
+    while name in taken:
+        name = f"row_{name}"
+    return name
 
 
 def fact_columns(slots: Sequence[Slot]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dataflow.errors import ConfigError
 from dataflow.export.arrow import arrow_type, cell, table
-from dataflow.export.files import Layout, chunks, publish, sync, write_whole
+from dataflow.export.files import Layout, chunks, publish, sync, sync_file, write_whole
 from dataflow.export.kinds import TEXT, Kind
 from dataflow.export.samples import Picture, Ready, rendered
 from dataflow.export.tar import TarFile
@@ -215,6 +215,8 @@ class _Shard:
         told = [self._layout.told(self._lines_path), self._layout.told(self._sums_path)]
         found: dict[str, Any] = {"files": told}
         if self._folder is not None:
+            for name in os.listdir(self._folder):
+                sync_file(self._folder / name)  # all at the end: most are on the disk by then
             target = self._layout.output / self._place
             publish(self._folder, target)
             found |= {"folder": str(self._place), "members": self._members}

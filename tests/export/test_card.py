@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from tests.export.test_kinds import HOSTILE
 
 from dataflow.export.card import _code, _line
-from tests.export.test_kinds import HOSTILE
 
 
 def front(shop) -> dict:

@@ -18,9 +18,9 @@ from tests.export.making import members
 from dataflow.annotations import fits, hints_of
 from dataflow.commands.export import export as command
 from dataflow.commands.export import options_of
-from dataflow.commands.export_options import add_export
+from dataflow.commands.export_options import ENCODINGS, FORMATS, LAYOUTS, add_export
 from dataflow.errors import ConfigError, InputError
-from dataflow.export import PRESETS, ExportOptions
+from dataflow.export import PRESETS, ExportOptions, options
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -142,6 +142,13 @@ def test_every_argument_becomes_an_option(shop):
     assert options_of(
         parsed("t", "-o", "o", "--keep", "a", "--max-side", "9", "--base-url", "https://x", "--image-root", "r")
     )
+
+
+def test_the_command_line_knows_the_same_words():
+    assert (FORMATS, LAYOUTS, ENCODINGS) == (options.FORMATS, options.LAYOUTS, options.ENCODINGS)
+    code = "import sys, dataflow.commands.export_options\nprint([n for n in ('numpy', 'PIL') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_name_given_twice_is_refused():

@@ -20,6 +20,7 @@ from tests.export.making import Workshop, files_of, made, members, pixels
 
 from dataflow.errors import ConfigError
 from dataflow.export import ExportOptions, export
+from dataflow.utils.storage import FileStorage
 
 
 def read_webdataset(shop: Workshop, pattern: str = "*.tar") -> list[dict[str, Any]]:
@@ -285,3 +286,28 @@ def test_a_shard_of_a_plain_tar_program(shop):
     ).stdout.splitlines()
     assert len(listed) == 12
     assert all(line.startswith("-rw-r--r-- 0/0") and "1970-01-01" in line for line in listed)
+
+
+def test_large_pictures_in_lance_lie_beside_the_table(shop):
+    rows = [{"prompt": f"p{n}", "image": shop.file(f"{n}.png", n, (200, 200))} for n in range(6)]
+    shop.export(shop.table(rows), format="lance", row_group_bytes=1)
+    found = lance.dataset(str(shop.out / "train.lance"))
+    blobs = found.take_blobs("image", indices=list(range(6)))
+    assert all(np.array_equal(pixels(blob.read()), made(n, (200, 200))) for n, blob in enumerate(blobs))
+    assert any(file["name"].endswith(".blob") for file in shop.index()["files"])
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=shop.out, capture_output=True, text=True, check=True)
+    assert done.stdout.count("OK") == len(shop.index()["files"])
+
+
+def test_saying_what_would_be_found_out_is_no_other_export(shop):
+    table = shop.scored(2, 1)
+    shop.export(table)
+    assert shop.export(table, format="webdataset", layout="text_image").resumed == 1
+
+
+def test_a_table_of_another_kind_is_read_as_well(shop):
+    source = FileStorage(str(shop.scored(3, 2)), cache_path=str(shop.folder / "c"), cache_type="parquet").step()
+    source.write(source.read("dict"))
+    shop.export(source.output_path)
+    found = read_webdataset(shop)
+    assert [each["json"]["judge"]["value"] for each in found] == [0.0, 0.1, 1.0, 1.1, 2.0, 2.1]

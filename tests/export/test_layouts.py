@@ -282,6 +282,16 @@ def test_a_column_of_the_row_does_not_hide_what_the_picture_says(shop):
     assert (found["model"], found["row_model"]) == ("some/model", "what the row says")
 
 
+def test_no_column_is_lost_to_another_of_its_name(shop):
+    row = shop.row(0, 1, seed=7, row_seed=8, id="mine", width=[0.5], width_status=["ok"], prompt="also a column")
+    shop.export(shop.table([row]), format="jsonl")
+    (found,) = records(shop)
+    assert (found["seed"], found["row_seed"], found["row_row_seed"]) == (0, 7, 8)
+    assert (found["id"], found["row_id"]) == ("000000001-000", "mine")
+    assert (found["width"], found["row_width"], found["row_width_status"]) == (16, 0.5, "ok")
+    assert (found["prompt"], found["row_prompt"]) == ("a red circle number 0", "also a column")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

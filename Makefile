@@ -53,7 +53,8 @@ test: check
 	$(BIN)/coverage report --skip-covered --fail-under=95
 
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open site/index.html"
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks

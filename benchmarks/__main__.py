@@ -9,9 +9,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import agreement, api, engine, imports, overhead, resume, scoring
+from benchmarks import agreement, api, engine, export, imports, overhead, report, resume, scoring
 
-PACKAGES = ("torch", "diffusers", "pillow", "orjson", "openai", "httpx2", "aiohttp", "transformers", "faiss-cpu")
+PACKAGES = ("torch", "diffusers", "pillow", "orjson", "openai", "httpx2", "aiohttp", "transformers", "faiss-cpu", "pyarrow")
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         + ". Read ratios, not absolute times: the machine is shared.",
         "",
     ]
-    for benchmark in (overhead, engine, resume, imports, api, scoring, agreement):
+    for benchmark in (overhead, engine, resume, imports, api, scoring, agreement, export, report):
         print(f"{benchmark.__name__} ...", file=sys.stderr)
         found = benchmark.run()
         for result in found if isinstance(found, list) else [found]:

@@ -25,6 +25,8 @@ def export(args: argparse.Namespace) -> int:
     if args.preset == "list":
         print(text_table(("preset", "layout", "note"), [(one.name, one.layout, one.note) for one in PRESETS.values()]))
         return 0
+    if not args.table or not args.output:
+        raise ConfigError("name the job's folder (or its table) and, with -o, the folder of the dataset")
     table = finished_table(args.table)
     with _Bar(quiet=args.quiet) as bar:
         summary = exported(table, args.output, options_of(args), progress=bar.show)

@@ -31,8 +31,8 @@ def add_export(add: Any) -> None:
         "dataflow export best_of_4 -o dpo --format parquet --layout preference --score judge.value",
         usage="dataflow export CACHE -o OUT [--format NAME] [--preset NAME] [options]",
     )
-    command.add_argument("table", metavar="CACHE", help="job folder, or a finished table")
-    command.add_argument("-o", "--output", metavar="OUT", required=True, help="folder of the dataset")
+    command.add_argument("table", metavar="CACHE", nargs="?", help="job folder, or a finished table")
+    command.add_argument("-o", "--output", metavar="OUT", help="folder of the dataset")
     command.add_argument("--format", choices=FORMATS, help="default: the preset's, else webdataset")
     command.add_argument("--preset", metavar="NAME", help="columns and files of a published dataset; `list` names them")
     command.add_argument("--layout", choices=LAYOUTS, help="what a sample is (default: told by the columns)")

@@ -40,6 +40,7 @@ def test_front_matter_of_parquet(shop):
     assert found["task_categories"] == ["text-to-image"]
     assert found["size_categories"] == ["n<1K"]
     assert {each["name"]: each["num_examples"] for each in found["dataset_info"]["splits"]} == summary.splits
+    assert all(set(each) == {"name", "num_bytes", "num_examples"} for each in found["dataset_info"]["splits"])
     assert [each["name"] for each in found["dataset_info"]["features"]] == list(shop.index()["columns"])
     assert [each["split"] for each in found["configs"][0]["data_files"]] == list(summary.splits)
 

@@ -24,10 +24,14 @@ def report(args: argparse.Namespace) -> int:
     made = write_report(folders, output, options)
     if not args.quiet:
         unreadable = f", {made.unreadable:,} of them without a file that can be read" if made.unreadable else ""
-        print(f"{made.pictures:,} pictures{unreadable}; {made.problems:,} rows without a picture, each with its reason")
+        print(f"{made.pictures:,} pictures{unreadable}; {_without(made.problems)}")
         print(
             f"{human_bytes(made.total_bytes)} in {made.seconds:.1f} s, {made.reused:,} small pictures taken over;"
             f" the page itself {human_bytes(made.page_bytes)}"
         )
     print(f"open: {shown(made.page)}")
     return 0
+
+
+def _without(rows: int) -> str:
+    return f"{rows:,} rows without one, each with its reason" if rows else "no row is without one"

@@ -103,7 +103,11 @@ def _front(facts: CardFacts, total: Tally) -> Iterator[tuple[str, Any]]:
         data = [{"split": split, "path": pattern.replace("{split}", split)} for split in facts.splits]
         yield "configs", [{"config_name": "default", "data_files": data}]
     if "features" in facts.files:
-        sizes = [{"name": split, "num_examples": each.samples} for split, each in facts.splits.items()]
+        # datasets ignores splits without a number of bytes, with a warning; it checks only the number of examples.
+        sizes = [
+            {"name": split, "num_bytes": each.bytes, "num_examples": each.samples}
+            for split, each in facts.splits.items()
+        ]
         yield "dataset_info", {"features": facts.files["features"], "splits": sizes}
 
 

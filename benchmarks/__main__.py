@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import agreement, api, engine, export, imports, overhead, report, resume, scoring
 
-PACKAGES = ("torch", "diffusers", "pillow", "orjson", "openai", "httpx2", "aiohttp", "transformers", "faiss-cpu", "pyarrow")
+PACKAGES = ("torch", "diffusers", "pillow", "orjson", "openai", "aiohttp", "transformers", "faiss-cpu", "pyarrow")
 
 
 def main() -> None:

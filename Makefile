@@ -23,7 +23,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing the package (a few minutes the first time) ..."
-	@$(PIP) --editable '.[local]'
+	@$(PIP) --editable '.[local,metrics,parquet]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run

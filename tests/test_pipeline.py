@@ -9,7 +9,13 @@ import pytest
 
 from dataflow.errors import ConfigError, InputError, MissingExtraError
 from dataflow.io import ImageIO
-from dataflow.operators import ImageEvaluator, PromptedImageEditGenerator, ScoreFilter, Text2ImageGenerator
+from dataflow.operators import (
+    DuplicateFilter,
+    ImageEvaluator,
+    PromptedImageEditGenerator,
+    ScoreFilter,
+    Text2ImageGenerator,
+)
 from dataflow.pipeline import Pipeline, Step, did_you_mean, listed, table_columns
 from dataflow.runtime.engine import RunOptions
 from dataflow.serving.fake_serving import FakeServing
@@ -198,6 +204,20 @@ class TestAPartOfTheSteps:
 def test_a_serving_of_the_other_kind(serving, operator, told):
     with pytest.raises(ConfigError, match=told):
         Pipeline([Step(operator(serving), {})]).check_servings()
+
+
+@pytest.mark.parametrize(
+    ("library", "step"),
+    [
+        ("imagehash", lambda: Step(ImageEvaluator(ImageProbeServing()), {"output_key": "probe"})),
+        ("scipy", lambda: Step(DuplicateFilter(), {})),
+    ],
+)
+def test_a_library_that_a_later_step_needs_is_missed_before_anything_is_paid_for(serving, monkeypatch, library, step):
+    draw = Step(Text2ImageGenerator(serving), {"input_conversation_key": "prompt"})
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingExtraError, match=r"open-dataflow\[metrics\]"):
+        Pipeline([draw, step()]).check_servings()
 
 
 def test_a_pipeline_needs_a_step():

@@ -41,6 +41,7 @@ EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["op
 LANGUAGES = ("bash", "json", "jsonl", "mermaid", "python", "text", "toml")
 _FENCES = RawFencedCodeBlockLexer(re.compile(r'(?P<language>\w*)(?: title="(?P<title>[^"]+)")?[^\n]*\n'))
 _HIDDEN = DirectiveInHTMLCommentLexer("invisible-code-block", r"\w+")
+_DIFFERS = re.compile(r"[0-9a-f]{12,}|(?<![$\d.])\d+\.\d+")
 _TABLES = {"storage", "images", "serving", "step", "accept", "run", "report", "export"}
 _STAND_INS = (
     (r"black-forest-labs/FLUX\.1(-Kontext)?-dev", "builtin:tiny-flux"),
@@ -127,6 +128,7 @@ class Reader:
                 printed = _plain(self.output)
                 missing = [line for line in _plain(text) if not any(map(_pattern(line).fullmatch, printed))]
                 assert not missing, f"not in the output:\n{chr(10).join(missing)}\n\nthe output is:\n{self.output}"
+                self.output = ""  # a later block quotes what was printed after this one
 
     def _shell(self, text: str, block: Block) -> None:
         for line in re.sub(r"\\\n\s*", "", text).splitlines():
@@ -176,8 +178,8 @@ class Reader:
 
 
 def _plain(text: str) -> list[str]:
-    """Lines without what may differ: numbers and spaces."""
-    lines = (re.sub(r"[0-9a-f]{12,}|[\d.,]*\d", "#", " ".join(line.split())) for line in text.splitlines())
+    """Lines without what differs from run to run: spaces, digests, decimals. Money and counts stay."""
+    lines = (_DIFFERS.sub("#", " ".join(line.split())) for line in text.splitlines())
     return [line for line in lines if line]
 
 
@@ -189,6 +191,8 @@ def _pattern(line: str) -> re.Pattern[str]:
 def _check_toml(text: str, title: str | None) -> None:
     """A pipeline file, or a part of one, must be one that can be built."""
     document = tomllib.loads(text)
+    # A file with a name of its own is read by what comes after it on the page.
+    assert title is not None or document.keys() <= _TABLES, f"no tables of a pipeline file: {document.keys() - _TABLES}"
     if document and document.keys() <= _TABLES:
         if "storage" in document and title is not None:
             config.build(config.load(title))

@@ -84,12 +84,12 @@ Text.
 
 ```bash
 export DOCS_WORD=blue
-echo "$DOCS_WORD 17 %s"
+echo "$DOCS_WORD 17 pictures in 3.5 s"
 dataflow generate two.jsonl -o out --fake
 ```
 
 ```text
-blue 3 %s
+blue 17 pictures in 0.2 s
 ```
 
 <!-- invisible-code-block: python
@@ -127,6 +127,9 @@ def test_a_page_is_worked_through_in_order(reader):
         ),
         ("```python\n1 / 0\n```\n", ZeroDivisionError),
         ("```bash\necho one\n```\n```text\ntwo\n```\n", AssertionError),
+        ("```bash\necho 3 rows = 3 done\n```\n```text\n3 rows = 2 done\n```\n", AssertionError),
+        ("```bash\necho one\n```\n```text\none\n```\n```text\none\n```\n", AssertionError),
+        ("```toml\n[acept]\nwanted = 1\n```\n", AssertionError),
         ("```jsonl\n{]\n```\n", ValueError),
         ('```toml\n[[step]]\noperator = "ScoreFilter"\nminimun = 1\n```\n', Exception),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from dataflow.errors import MissingExtraError
 Indices = npt.NDArray[np.int64]
 
 _PAIRS_AT_ONCE = 2**20
+_PURPOSE = "grouping duplicates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +85,19 @@ def _joined(labels: Indices, pairs: list[tuple[Indices, Indices]]) -> Indices:
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
     except ImportError as error:
-        raise MissingExtraError("scipy", "metrics", "grouping duplicates") from error
+        raise MissingExtraError("scipy", "metrics", _PURPOSE) from error
     left = labels[np.concatenate([one for one, _ in pairs])]
     right = labels[np.concatenate([other for _, other in pairs])]
     ones = np.ones(len(left), dtype=np.bool_)
     graph = coo_array((ones, (left, right)), shape=(len(labels), len(labels)))
     return connected_components(graph, directed=False)[1].astype(np.int64)[labels]
+
+
+def require() -> None:
+    """Find out, without importing it, whether the library that joins the groups is there.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise MissingExtraError("scipy", "metrics", _PURPOSE)

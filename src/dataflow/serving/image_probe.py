@@ -41,6 +41,10 @@ class ImageProbeServing(ScoringServing):
         """The kind of measurement and its version."""
         return {"model": "image-probe", "version": VERSION}
 
+    def preflight(self) -> None:
+        """As :meth:`setup`: a picture should not be paid for that can then not be measured."""
+        self.setup()
+
     def setup(self) -> None:
         """Find the library of perceptual hashes.
 

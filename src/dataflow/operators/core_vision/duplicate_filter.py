@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflow.errors import ConfigError, InputError
+from dataflow.metrics import grouping
 from dataflow.metrics.grouping import DuplicateGroups
 from dataflow.metrics.hashing import duplicate_groups
 from dataflow.metrics.neighbours import similar_groups
@@ -69,8 +70,10 @@ class DuplicateFilter:
             priority_name: figure of the probe (``sharpness``) whose highest value stays.
 
         Raises:
-            ConfigError: no such hash, distance or similarity, or no folder for ``vector``.
+            ConfigError: no such hash, distance or similarity, or no folder for ``vector``; ``MissingExtraError`` where
+                the library that joins the duplicates is not installed.
         """
+        grouping.require()
         if hash_name not in ("phash", "dhash", "sha256", "vector"):
             raise ConfigError(f"hash_name must be phash, dhash, sha256 or vector, got {hash_name!r}")
         if not 0 <= distance <= 10:

@@ -46,7 +46,7 @@ class Column:
         try:
             self._numbers.append(float(value))
         except OverflowError:
-            self._numbers.append(math.copysign(math.inf, value))
+            self._numbers.append(math.inf if value > 0 else -math.inf)
 
     def fill(self, count: int) -> None:
         """Nothing for all entries up to ``count``."""

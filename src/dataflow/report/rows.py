@@ -100,6 +100,11 @@ class RunReader:
         named = first.settings.get("input_conversation_key", _PROMPTS[0]) if first else ""
         return named if named in self._first_seen else ""
 
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The columns that hold scores."""
+        return tuple(self._scored)
+
     # Reading
 
     def entries(self) -> Iterator[list[Entry]]:
@@ -134,8 +139,7 @@ class RunReader:
                 key = self._likeness(row)
                 missing[key] += 1
                 if missing[key] <= self._lacking[key]:
-                    continue
-                self._lacking[key] += 1
+                    continue  # a row that never had a picture, met in a later table already
             yield from self._row(row, "not_chosen", lost_in.number, "", "", lost_in)
 
     def _sidecar(self, step: Step) -> Iterator[list[Entry]]:
@@ -150,8 +154,6 @@ class RunReader:
             if isinstance(row, dict) and reason != "reserved_column":
                 details = {name: value for name, value in record.items() if name not in ("reason", "row")}
                 message = plain_json(details, self._text_limit) if details else ""
-                if not self._pictures(row):
-                    self._lacking[self._likeness(row)] += 1
                 yield from self._row(row, "dropped", step.number, reason, message)
             else:
                 self.tally.rows[step.number, "failed", reason] += 1
@@ -190,7 +192,9 @@ class RunReader:
         lacks: tuple[int, str] | None = None
         if not known:
             self._rows += 1
-            lacks = self._count_row(row, found, errors, state, step, reason, lost_in)
+            if not found:
+                self._lacking[self._likeness(row)] += 1
+            lacks = self._count_row(found, errors, state, step, reason, lost_in)
             if lacks and state == "kept":
                 state, step, reason = "incomplete", *lacks
         if not new and not errors and (known or state == "kept"):
@@ -227,7 +231,6 @@ class RunReader:
 
     def _count_row(
         self,
-        row: Row,
         found: Sequence[tuple[tuple[str, int, int], str]],
         errors: Sequence[tuple[int, str, Mapping[str, Any]]],
         state: str,
@@ -239,9 +242,7 @@ class RunReader:
         columns = {column for (column, _, _), _ in found}
         bare = [each for each in errors if each[1] not in columns]
         if bare:
-            made, column, error = min(bare, key=lambda each: each[0])
-            if not found and column in row:
-                self._lacking[self._likeness(row)] += state == "kept"
+            made, _, error = min(bare, key=lambda each: each[0])
             why = str(error.get("reason", ""))
             self.tally.rows[made, str(error["status"]), why] += 1
             return made, why

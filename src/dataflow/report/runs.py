@@ -16,7 +16,6 @@ from dataflow.types import BadRow, Row
 from dataflow.utils.storage import FileStorage
 
 _JOB_FILE = "job.toml"
-_TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _LOOK_AT = 200
 _THRESHOLDS = ("minimum", "maximum", "top_k", "drop_lowest_share")
 
@@ -81,6 +80,11 @@ class Run:
     folder: Path
     steps: Sequence[Step]
     images: Sequence[Path]
+
+    @property
+    def has_job(self) -> bool:
+        """Whether the folder says how it was made, so that `dataflow replay` can make a picture of it again."""
+        return (self.folder / _JOB_FILE).is_file()
 
     @property
     def finished(self) -> bool:
@@ -167,7 +171,7 @@ def _chains(folder: Path) -> Iterator[tuple[str, list[Step], list[Path]]]:
             steps.append(_step(folder, journal, job if prefix == own else {}, steps[-1] if steps else None))
         if prefix == own:
             steps += _not_begun(folder, prefix, steps, job)
-        yield prefix.strip("_") or folder.name, steps, images
+        yield prefix.strip("_").removesuffix("_step") or folder.name, steps, images
 
 
 def _not_begun(folder: Path, prefix: str, steps: Sequence[Step], job: Mapping[str, Any]) -> list[Step]:
@@ -222,7 +226,7 @@ def _step(folder: Path, journal: Path, job: Mapping[str, Any], before: Step | No
         name=journal.name,
         operator=str(summary.get("operator") or settings.get("operator") or ""),
         journal=journal,
-        table=_table(folder, journal.name, summary.get("output")),
+        table=_table(folder, summary.get("output")),
         source=before.table if before else _source(folder, summary.get("input"), job) if number == 1 else None,
         summary=summary,
         settings=settings,
@@ -230,12 +234,11 @@ def _step(folder: Path, journal: Path, job: Mapping[str, Any], before: Step | No
     )
 
 
-def _table(folder: Path, name: str, written: object) -> Path | None:
+def _table(folder: Path, written: object) -> Path | None:
     """A step's table: beside its journal first, for a folder that was moved has the old place written down."""
-    for suffix in _TABLE_SUFFIXES:
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
-    return Path(written) if isinstance(written, str) and Path(written).is_file() else None
+    if not isinstance(written, str):
+        return None  # a table that lies there is of an earlier run, with other rows
+    return next((place for place in (folder / Path(written).name, Path(written)) if place.is_file()), None)
 
 
 def _source(folder: Path, written: object, job: Mapping[str, Any]) -> Path | None:

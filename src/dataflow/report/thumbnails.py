@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import queue
@@ -74,7 +75,7 @@ def thumbnail(path: Path, look: Look) -> Thumbnail:
         image = image.resize(small, Image.Resampling.LANCZOS, reducing_gap=3)
     buffer = BytesIO()
     # A picture that is small already is kept as it is: icons and drawings suffer most from loss.
-    image.save(buffer, "WEBP", quality=look.quality, method=3, lossless=scale >= 1 and width * height <= 128 * 128)
+    image.save(buffer, "WEBP", quality=look.quality, method=2, lossless=scale >= 1 and width * height <= 128 * 128)
     text = base64.b64encode(buffer.getvalue()).decode()
     if len(json.dumps(facts, default=str)) > _MOST_PROVENANCE:
         facts = {name: facts[name] for name in ("request_id", "seed", "model", "revision", "images") if name in facts}
@@ -111,7 +112,8 @@ class Makers:
         for process in self._running:
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended already
+                process.stdin.close()
             process.wait()
             process.stdout.close()
 

@@ -169,7 +169,7 @@ def file_key(path: Path, look: Look) -> bytes | None:
     """What changes when the file or the look of thumbnails does; None where there is no file."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file system takes
         return None
     facts = f"{_VERSION}\0{picture_key(str(path))}\0{status.st_size}\0{status.st_mtime_ns}\0{look.size}\0{look.quality}"
     return hashlib.blake2b(facts.encode(errors="surrogatepass"), digest_size=16).digest()

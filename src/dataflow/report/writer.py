@@ -12,7 +12,7 @@ import shlex
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from urllib.parse import quote
 import numpy as np
 
 from dataflow import __version__
-from dataflow.errors import ConfigError, InputError, StepError
+from dataflow.errors import InputError, StepError
 from dataflow.report.columns import Columns
 from dataflow.report.entries import Entry, digest_of, find_picture, picture_key, unscored
 from dataflow.report.options import ReportOptions, ReportSummary
@@ -112,6 +112,7 @@ class _Writer:
         (self.folder / "data").mkdir()
         expected = sum(int(step.summary.get("images") or 0) for run in self.runs for step in run.steps)
         look = Look(self.options.thumbnail_size, self.options.thumbnail_quality)
+        scores = dict.fromkeys(name for reader in self._readers for name in reader.scores)
         ahead: deque[tuple[int, Entry, Path | None]] = deque()
 
         def paths() -> Iterator[Path | None]:
@@ -129,7 +130,7 @@ class _Writer:
                 number, entry, place = ahead.popleft()
                 self._add(number, entry, place, made)
                 if entry.path is not None:
-                    scored.write(_scored_line(self.runs[number].name, entry))
+                    scored.write(_scored_line(self.runs[number].name, entry, scores))
         self._flush(last=True)
         loaded = self._finish()
         return {
@@ -196,7 +197,7 @@ class _Writer:
             values["picture", "turn"] = entry.turn
         if lacking:
             values["picture", "unscored"] = "; ".join(sorted({f"{score}: {status}" for score, status, _ in lacking}))
-        self.columns.put(at, {**entry.values, **values})
+        self.columns.put(at, {**values, **entry.values})
         problems_of(self._problems, at, number, run, entry, problem, lacking)
         tile = [
             STATES.index(entry.state),
@@ -230,7 +231,8 @@ class _Writer:
         if not isinstance(sources, list):
             sources = [path for path in entry.sources if path != entry.path]
         request = facts.get("request_id")
-        command = f"dataflow replay {request} --cache {shlex.quote(str(run.folder))}" if _is_id(request) else None
+        again = _is_id(request) and run.has_job
+        command = f"dataflow replay {request} --cache {shlex.quote(str(run.folder))}" if again else None
         return {
             "run": number,
             "row": entry.row,
@@ -354,10 +356,12 @@ class _Writer:
         return sorted(at for _, _, at in self._samples[number])
 
 
-def _scored_line(run: str, entry: Entry) -> str:
+def _scored_line(run: str, entry: Entry, scores: Iterable[str]) -> str:
     """A picture with its scores as a row of its own: what choices between pictures are calibrated against."""
     row: dict[str, Any] = {"images": [entry.path], "prompt": entry.prompt, "run": run, "state": entry.state}
-    for name, (value, status, error) in entry.scores.items():
+    for name in dict.fromkeys((*scores, *entry.scores)):
+        # Whoever reads the table wants every column in every row.
+        value, status, error = entry.scores.get(name, (None, "not_scored", ""))
         row[name], row[f"{name}_status"], row[f"{name}_by"] = [value], [status], entry.scored_by.get(name, "")
         if error:
             row[f"{name}_error"] = [error]
@@ -399,8 +403,6 @@ def _check_target(target: Path) -> None:
             raise InputError("holds something that is no report: name another folder with -o", path=target)
     elif target.exists():
         raise InputError("is a file: name a folder with -o", path=target)
-    if not target.name:
-        raise ConfigError(f"{target} cannot be the folder of a report")
 
 
 def _put_aside(unfinished: Path, stopped: Path) -> None:

@@ -84,10 +84,14 @@
       window.addEventListener("hashchange", onHash);
       return () => window.removeEventListener("hashchange", onHash);
     }, []);
-    const change = (part) => DF.go(state.view, { ...state, ...part }, true);
+    // Keys may come faster than the page is drawn: what counts is the address, not what is shown.
+    const change = (part) => {
+      const now = parse();
+      DF.go(now.view, { ...now, ...part }, true);
+    };
     const close = () => {
-      const at = state.entry;
-      DF.go(state.view, { ...state, entry: undefined }, true);
+      const at = parse().entry;
+      change({ entry: undefined });
       // Back to where one came from, or to the entry that one has moved to.
       requestAnimationFrame(() => {
         const tile = document.querySelector(`main .tile[data-at="${at}"]`);
@@ -95,9 +99,9 @@
       });
     };
     const move = (step) => {
-      const place = DF.placeOf(state.entry) + step;
+      const place = DF.placeOf(parse().entry) + step;
       const next = DF.list ? DF.list[place] : place >= 0 && place < summary.count ? place : undefined;
-      if (next !== undefined) DF.go(state.view, { ...state, entry: next }, true);
+      if (next !== undefined) change({ entry: next });
     };
     const [, , View] = VIEWS.find(([each]) => each === state.view);
     return html`

@@ -80,10 +80,10 @@
       {
         width,
         height: 150,
-        padding: [14, 12, 0, 0],
+        padding: [14, 20, 0, 0],
         legend: { show: false },
         cursor: { y: false, points: { show: false }, drag: { x: Boolean(chart.edges), y: false, setScale: false } },
-        scales: { x: { time: false, range }, y: { range: (_, low, high) => [0, Math.max(1, high) * 1.05] } },
+        scales: { x: { time: false, range }, y: { range: (_, low, high) => [0, Math.max(1, high) * (limits.length ? 1.2 : 1.05)] } },
         axes: [
           {
             stroke: ink,

@@ -165,15 +165,20 @@
       setPairs(all.map(([a, b]) => (draw() < 0.5 ? [a, b] : [b, a])));
       setReveal(false);
     }, [found, one, other]);
+    // Keys may come faster than the page is drawn: each counts from what the one before left, not from what is shown.
+    const latest = useRef(kept);
     const save = (next) => {
+      latest.current = next;
       setKept(next);
       remember(next);
     };
-    const set = (list) => save({ ...kept, answers: { ...kept.answers, [here]: list } });
+    const soFar = () => latest.current.answers[here] || [];
+    const set = (list) => save({ ...latest.current, answers: { ...latest.current.answers, [here]: list } });
     const answer = (choice) => {
-      if (answers.length < pairs.length) set([...answers, { pair: pairs[answers.length], choice, rater: kept.rater, at: new Date().toISOString() }]);
+      const before = soFar();
+      if (before.length < pairs.length) set([...before, { pair: pairs[before.length], choice, rater: latest.current.rater, at: new Date().toISOString() }]);
     };
-    const undo = () => answers.length && set(answers.slice(0, -1));
+    const undo = () => soFar().length && set(soFar().slice(0, -1));
     useEffect(() => {
       const keys = { ArrowLeft: () => answer("first"), ArrowRight: () => answer("second"), ArrowDown: () => answer("tie"), s: () => answer("skip"), Backspace: undo };
       const onKeyDown = (event) => {
@@ -196,7 +201,7 @@
     const current = pairs[answers.length];
     return html`<div class="blind">
       <div class="bar">
-        <label>Your name <input value=${kept.rater} placeholder="optional" onInput=${(event) => save({ ...kept, rater: event.target.value })} /></label>
+        <label>Your name <input value=${kept.rater} placeholder="optional" onInput=${(event) => save({ ...latest.current, rater: event.target.value })} /></label>
         <progress value=${answers.length} max=${pairs.length} aria-label="pairs seen"></progress>
         <span>${DF.count(answers.length)} of ${DF.count(pairs.length)}</span>
         <button type="button" disabled=${!answers.length} onClick=${undo}>Undo</button>

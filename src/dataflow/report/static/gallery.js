@@ -159,7 +159,12 @@
 
   /** Moves the focus among tiles with the arrow keys; one of them is in the order of the Tab key. */
   function useArrows(count, across, show, holder) {
-    const [at, setAt] = useState(0);
+    const [shown, setShown] = useState(0);
+    const latest = useRef(0); // keys may come faster than the page is drawn
+    const setAt = (place) => {
+      latest.current = place;
+      setShown(place);
+    };
     const wanted = useRef(null);
     useEffect(() => {
       if (wanted.current === null || !holder.current) return;
@@ -171,6 +176,7 @@
     });
     const onKeyDown = (event) => {
       const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across, PageDown: 4 * across, PageUp: -4 * across };
+      const at = latest.current;
       let next;
       if (event.key in steps) next = at + steps[event.key];
       else if (event.key === "Home") next = 0;
@@ -183,7 +189,7 @@
       setAt(next);
       show(next);
     };
-    return { at: Math.min(at, Math.max(0, count - 1)), setAt, onKeyDown };
+    return { at: Math.min(shown, Math.max(0, count - 1)), setAt, onKeyDown };
   }
 
   function Grid({ places, size }) {

@@ -37,7 +37,7 @@
       ${DF.plural(run.rows, "row")}${run.gained ? ` + ${DF.count(run.gained)} made from them` : ""} =${" "}
       <b>${DF.count(run.kept)} kept</b>
       ${[...parts, ...waiting].map(([count, name]) => html` + <span class=${count ? "" : "quiet"}>${DF.count(count)} ${name}</span>`)}
-      ${run.unaccounted !== 0 && html` <strong class="wrong">and ${DF.count(run.unaccounted)} that nothing accounts for</strong>`}
+      ${run.unaccounted !== 0 && html` <strong class="wrong">${run.unaccounted > 0 ? `+ ${DF.count(run.unaccounted)} that no later table has: run the job again` : `and ${DF.count(-run.unaccounted)} more in the tables than went in`}</strong>`}
     </p>`;
   }
 
@@ -138,7 +138,7 @@
     if (!run.samples.length) return null;
     return html`<section class="card samples" aria-labelledby=${`samples-${run.name}`}>
       <header>
-        <h2 id=${`samples-${run.name}`}>Drawn from what was kept</h2>
+        <h2 id=${`samples-${run.name}`}>A sample of what was kept</h2>
         <a href=${DF.link("gallery", { filters: { "picture:state": { in: ["kept"] } } })}>all kept</a>
       </header>
       <div class="strip">${run.samples.map((at) => html`<${DF.Tile} key=${at} at=${at} list=${run.samples} caption=${false} />`)}</div>
@@ -175,8 +175,12 @@
     </section>`;
   }
 
+  // A filter drops rows on purpose: what nobody wanted comes first.
+  const meant = (problem) => problem.kind === "dropped" || problem.kind === "waiting";
+  const bySeverity = (problems) => [...problems].sort((a, b) => meant(a) - meant(b) || b.count - a.count);
+
   function Worst({ run, number }) {
-    const found = DF.summary.problems.filter((each) => each.run === number);
+    const found = bySeverity(DF.summary.problems.filter((each) => each.run === number));
     if (!found.length) return html`<p class="fine card">Nothing was refused, failed or dropped, and every picture has its scores.</p>`;
     return html`<section class="card worst" aria-labelledby=${`worst-${run.name}`}>
       <header><h2 id=${`worst-${run.name}`}>What went wrong</h2><a href="#problems">all ${found.length}</a></header>
@@ -247,7 +251,7 @@
     if (!problems.length) return html`<p class="fine card">Nothing was refused, failed or dropped; every picture can be read and has its scores.</p>`;
     return html`<div class="problems">
       <p class="quiet">Every row that was lost and every picture that is not whole, by reason. A failure never counts as a success: all of them are also in the gallery.</p>
-      ${problems.map(
+      ${bySeverity(problems).map(
         (problem) => html`<section class="card" key=${`${problem.run}${problem.kind}${problem.step}${problem.reason}`}>
           <h2><${DF.ProblemLine} problem=${problem} /></h2>
           ${runs.length > 1 && html`<p class="quiet">${runs[problem.run].name}</p>`}

@@ -86,7 +86,7 @@
       ${badge && state && state !== "kept" && html`<span class="badge" aria-hidden="true"><${DF.State} state=${state} /></span>`}
       ${caption &&
       html`<span class="caption" aria-hidden="true">
-        <span dir="auto">${tile ? tile[1] : ""}</span>
+        <span dir="auto">${tile ? tile[1] || "no prompt" : ""}</span>
       </span>`}
     </button>`;
   };

@@ -209,6 +209,7 @@ def test_everything_about_an_edit_on_a_click(opened, report, finished):
         assert expected in text
     page.wait_for_selector(".lineage li >> nth=4")
     assert page.locator(".lineage li").count() == 5  # three pictures drawn, two turns of edits
+    until(page, "[...document.querySelectorAll('img-comparison-slider img')].every((each) => each.naturalWidth)")
     images = page.locator("img-comparison-slider img")
     sources = [images.nth(number).evaluate("image => [image.src, image.naturalWidth]") for number in (0, 1)]
     assert [source.rpartition("/")[2] for source, _ in sources] == [

@@ -144,7 +144,7 @@ def test_a_missing_key_is_told_before_anything_runs(api, dataflow, tmp_path, mon
         (["--api", "gemini", "--offload", "model"], "--offload belongs to local models"),
         (["--api-url", "http://127.0.0.1:9"], "--api-url belongs to image APIs: add --api"),
         (["--api", "chat", "--size", "64x64"], "--size goes with --api openai_images"),
-        (["--api", "chat", "--aspect-ratio", "1:1"], "there is no key 'aspect_ratio'"),
+        (["--api", "chat", "--aspect-ratio", "1:1"], "aspect_ratio: there is no such key"),
         (["--api", "chat", "--fake"], "--fake does not go with --api"),
         (["--api", "chat", "--api-url", "ftp://x"], "api_url must begin with https://"),
         (["--api", "chat", "--prices", "none.toml"], "none.toml: the price table cannot be read"),

@@ -65,6 +65,28 @@ def test_what_comes_is_counted_once(journal, follower):
     assert not follower.in_jobs
 
 
+def test_what_was_given_back_is_no_longer_under_way(journal, follower):
+    journal.append({"s": "start", "ks": [key(1), key(2)]}, {"s": "job", "name": "j", "ks": [key(2)]})
+    follower.look()
+    journal.append({"s": "forget", "ks": [key(1)]}, {"s": "paid", "k": key(2), "usage": {"usd": 0.5}})
+    follower.look()
+    assert follower.in_hand == {key(2)}
+    assert not follower.in_jobs
+    assert follower.usd == 0.5
+
+
+def test_a_journal_that_began_after_the_watch_is_counted_from_its_beginning(journal):
+    journal.append(done(1, usage={"usd": 1.0}), done(2))
+    follower = Follower(journal.folder, whole=True)
+    assert follower.look() == 2
+    assert (follower.images, follower.ended, follower.usd) == (2, 2, 1.0)
+
+
+def test_when_it_was_written(tmp_path, journal, follower):
+    assert Follower(tmp_path / "none").written_at() is None
+    assert follower.written_at() == pytest.approx(journal.path.stat().st_mtime)
+
+
 def test_half_a_line_waits_for_its_other_half(journal, follower):
     follower.look()
     line = pack_line(done(7))

@@ -174,12 +174,22 @@ def _figures(known: dict[str, Any]) -> StepStatus:
 
 def writer_of(folder: Path) -> dict[str, Any] | None:
     """Who writes to the folder now, as its lock says."""
+    owner = owner_of(folder)
+    return owner if owner and lives(owner) else None  # a process that was killed leaves its name behind
+
+
+def owner_of(folder: Path) -> dict[str, Any] | None:
+    """Who took the folder's lock last and did not give it back: process, host and since when."""
     try:
         owner = orjson.loads((folder / ".lock.owner").read_bytes())
-        gone = owner["host"] == socket.gethostname() and not _alive(owner["pid"])
+        return {"pid": int(owner["pid"]), "host": str(owner["host"]), "since": str(owner["since"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return None if gone else owner  # a process that was killed leaves its name behind
+
+
+def lives(owner: dict[str, Any]) -> bool:
+    """Whether the process is there; one on another host is taken to be."""
+    return owner["host"] != socket.gethostname() or _alive(owner["pid"])
 
 
 def _alive(pid: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ class Follower:
     Args:
         folder: of the step's journal; it need not be there yet.
         shown: how many of the last images are kept.
+        whole: the first look, too, reads and counts everything: for a journal that began after the watch did.
 
     Attributes:
         images: images whose records came since the first look.
@@ -38,6 +41,7 @@ class Follower:
 
     folder: Path
     shown: int = 5
+    whole: bool = False
     images: int = 0
     ended: int = 0
     usd: float = 0.0
@@ -47,7 +51,11 @@ class Follower:
     in_jobs: set[str] = field(default_factory=set)
     _offsets: dict[Path, int] = field(default_factory=dict)
     _files: dict[Path, int] = field(default_factory=dict)
-    _looked: bool = False
+    _counts: bool = False
+
+    def __post_init__(self) -> None:
+        self.last = deque(self.last, maxlen=self.shown)
+        self._counts = self.whole
 
     def look(self) -> int:
         """Read what came since the last look; how many records that were.
@@ -59,27 +67,36 @@ class Follower:
             for record in self._new(path):
                 self._take(record)
                 count += 1
-        self._looked = True
+        self._counts = True
         return count
+
+    def written_at(self) -> float | None:
+        """When a record was last written, in seconds since 1970 by the file system's clock; None without a journal."""
+        times = []
+        for path in self.folder.glob("*.jsonl"):
+            with contextlib.suppress(FileNotFoundError):  # replaced just now
+                times.append(path.stat().st_mtime)
+        return max(times, default=None)
 
     def _new(self, path: Path) -> Iterator[dict[str, Any]]:
         try:
-            with path.open("rb") as file:
-                status = path.stat()
-                if self._files.get(path) not in (None, status.st_ino) or self._offsets.get(path, 0) > status.st_size:
-                    self._offsets[path] = 0
-                self._files[path] = status.st_ino
-                offset = self._offsets.setdefault(path, 0 if self._looked else max(0, status.st_size - TAIL_BYTES))
-                file.seek(offset)
-                data = file.read(status.st_size - offset)
+            file = path.open("rb")
         except FileNotFoundError:
             return
-        whole = data.rfind(b"\n") + 1
-        self._offsets[path] = offset + whole
-        for line in data[:whole].splitlines():
-            record = unpack_line(line)  # the first one of a tail is a piece of a line
-            if record is not None:
-                yield record
+        with file:
+            status = os.fstat(file.fileno())
+            if self._files.get(path) not in (None, status.st_ino) or self._offsets.get(path, 0) > status.st_size:
+                self._offsets[path] = 0
+            self._files[path] = status.st_ino
+            offset = self._offsets.setdefault(path, 0 if self._counts else max(0, status.st_size - TAIL_BYTES))
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offsets[path] += len(line)
+                record = unpack_line(line)  # the first one of a tail is a piece of a line
+                if record is not None:
+                    yield record
 
     def _take(self, record: dict[str, Any]) -> None:
         status = record.get("s")
@@ -87,20 +104,21 @@ class Follower:
             self.in_hand.update(record["ks"])
         elif status == "job":
             self.in_jobs.update(record["ks"])
+        elif status == "paid":
+            self.in_jobs.discard(record["k"])  # the job has answered, though without a result
+        elif status == "forget":
+            self.in_hand.difference_update(record["ks"])
         elif status in ("done", "refused", "failed"):
             self._end(record, status)
-        if self._looked and (usage := record.get("usage")):
+        if self._counts and (usage := record.get("usage")):
             self.usd += dollars_of(usage) or 0.0
 
     def _end(self, record: dict[str, Any], status: str) -> None:
         for waiting in (self.in_hand, self.in_jobs):
             waiting.discard(record["k"])
         names = [image["name"] for image in record.get("img", ())]
-        for name in names:
-            self.last.appendleft(name)
-            if len(self.last) > self.shown:
-                self.last.pop()
-        if self._looked:
+        self.last.extendleft(names)
+        if self._counts:
             self.ended += 1
             self.images += len(names)
             if status != "done":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections import Counter
@@ -21,6 +22,19 @@ from dataflow.types import GenerationRequest, Summary
 from dataflow.utils.storage import FileStorage
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test file imports huggingface_hub: none may reach for the network
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """A command that runs in the tests' process sets up logging for all of it."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            root.removeHandler(handler)
+    root.setLevel(level)
+    logging.getLogger("dataflow").setLevel(logging.NOTSET)
 
 
 class Job:

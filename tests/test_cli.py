@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -30,16 +29,10 @@ needs_model = pytest.mark.skipif(not (BUILTIN_FOLDER / INDEX).is_file(), reason=
 
 @pytest.fixture(autouse=True)
 def in_a_folder(tmp_path, monkeypatch):
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     monkeypatch.setenv("COLUMNS", "100")
-    yield
-    root.handlers[:] = before[0]
-    root.setLevel(before[1])
-    logging.getLogger("dataflow").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -48,14 +47,8 @@ quiet = true
 
 @pytest.fixture(autouse=True)
 def in_a_folder(tmp_path, monkeypatch):
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-    yield
-    root.handlers[:] = before[0]
-    root.setLevel(before[1])
-    logging.getLogger("dataflow").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_killed_drivers_are_not_blamed_on_a_row_that_only_waited(site, nursery):
 def test_a_driver_with_worker_processes_killed_at_random_moments(site, nursery):
     rng = random.Random(22)
     batch_size, concurrency, processes, kills = 2, 1, 2, 10
-    site.serving = {"batch_size": batch_size, "concurrency": concurrency, "processes": processes, "seconds": 0.06}
+    site.serving = {"batch_size": batch_size, "concurrency": concurrency, "processes": processes, "seconds": 0.16}
     site.fill(prompts(180))
     site.cache.mkdir()
     workers = set()

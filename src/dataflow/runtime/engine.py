@@ -109,20 +109,41 @@ def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None)
 
 
 class _Run:
-    """One execution of one plan."""
+    """One execution of one plan over a table, or over a part of one.
 
-    def __init__(self, plan: Plan, serving: Serving, storage: FileStorage, options: RunOptions) -> None:
+    Args:
+        plan: the step.
+        serving: the plan's.
+        storage: at the step, or a part of its table.
+        options: how.
+        crew: makes the batches.
+        progress: shows how things stand.
+        context: what is known of the step's other parts.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        serving: Serving,
+        storage: FileStorage,
+        options: RunOptions,
+        crew: Crew,
+        progress: Progress,
+        context: Context,
+    ) -> None:
         self.plan, self.serving, self.storage, self.options = plan, serving, storage, options
+        self.crew, self.progress = crew, progress
         self.started = time.monotonic()
         self.signature = storage.input_signature()
         self.journal = Journal(table.journal_folder(storage))
-        existing = serving.image_io.existing() if serving.image_io else ()
-        self.index = self.journal.load()
-        self.index.verify(existing)
-        self.tally = Tally(usd=self.index.usd, unpriced=self.index.unpriced)
-        self.budget = Budget(options.budget_usd, lambda: self.index.usd + self.index.risk)
+        self.index = self.journal.load() if context.index is None else context.index
+        if serving.image_io and context.index is None:
+            whole = context.whole_folder
+            self.index.verify(serving.image_io.existing() if whole else serving.image_io.sizes(self.index.all_names()))
+        self.tally = Tally(before=storage.rows_before, usd=self.index.usd, unpriced=self.index.unpriced)
+        self.budget = Budget(options.budget_usd, lambda: context.usd + self.index.usd + self.index.risk)
         self.identifier = Identifier(
-            serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest
+            serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest, earlier=context.earlier
         )
         self.planner = Planner(
             plan,
@@ -133,32 +154,38 @@ class _Run:
             self.journal,
             self.tally,
             options.retry,
-            None if options.pilot is None else sample_rows(self._count_rows(), options.pilot, plan.seed),
+            context.only,
         )
+        self.halted = crew.halted
         self.maker = Maker(
             self, serving, self.planner, self.index, self.journal, self.tally, self.budget, options.max_attempts
         )
         self.stop_error: RunStoppedError | None = None
-        self.halted = asyncio.Event()
         self._planning = ThreadPoolExecutor(1, thread_name_prefix="plan")
         self._progressed = asyncio.Event()
         self._given_back: list[Try] = []
-        self.stations = Stations([], remote=serving.remote)
         self._in_hand = 0
 
+    @property
+    def stations(self) -> Stations:
+        return self.crew.stations
+
     def execute(self) -> Summary:
+        """Make what is pending and write the table.
+
+        Raises:
+            RunStoppedError: not everything was made; ``summary`` says what was.
+            StepError: the table changed while the step ran.
+        """
         self.journal.open()
         try:
-            with Progress(
-                self.plan.name, self.storage.count_rows(), self.tally, self.options.progress
-            ) as self.progress:
-                self._in_thread()
-            if self.serving.image_io is not None:
-                self.serving.image_io.sweep()
+            self.progress.follow(self.tally)
+            self.crew.run(self._main, self.stop)
             if self.stop_error is not None:
-                raise self._stopped()
+                self.stop_error.summary = self._standing()
+                raise self.stop_error
             if self.options.pilot is not None and self._count_rows() > self.tally.settled:
-                return self._piloted()
+                return self._standing()
             summary = table.write(
                 self.plan, self.storage, self.planner, self.signature, time.monotonic() - self.started
             )
@@ -167,66 +194,17 @@ class _Run:
             self.journal.close()
         return summary
 
-    def _in_thread(self) -> None:
-        """Run the loop in its thread and wait for it, also through Ctrl-C."""
-        self.loop = asyncio.new_event_loop()
-        failure: list[BaseException] = []
-        ended = threading.Event()
-
-        def run() -> None:
-            try:
-                self.loop.run_until_complete(self._main())
-            except BaseException as error:  # noqa: BLE001  handed to the caller's thread, whatever it is
-                failure.append(error)
-            finally:
-                self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-                self.loop.close()
-                ended.set()
-
-        threading.Thread(target=run, name="dataflow", daemon=True).start()
-        try:
-            _wait(ended)
-        except KeyboardInterrupt:
-            error = RunInterruptedError("interrupted: run the same command again to go on")
-            try:
-                self._tell(self.stop, error)
-                print("\nCtrl-C: finishing the batches in flight; press it again to give them up.", file=sys.stderr)
-                _wait(ended)
-            except KeyboardInterrupt:
-                # A serving may hold up the loop, which then has not even heard of the first one.
-                self.stop_error = self.stop_error or error
-                self._tell(self._give_up)
-                with contextlib.suppress(KeyboardInterrupt):
-                    ended.wait(GIVE_UP_SECONDS)
-                return
-        if failure:
-            raise failure[0]
-
-    def _tell(self, function: Callable[..., None], *arguments: object) -> None:
-        """Call a function in the loop's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop may have ended just now
-            self.loop.call_soon_threadsafe(function, *arguments)
-
-    def _count_rows(self) -> int:
-        rows = self.storage.count_rows()
-        return sum(1 for _ in self.storage.iter_rows()) if rows is None else rows
-
-    def _piloted(self) -> Summary:
-        summary = self.tally.summary(self.storage.step_name, self._count_rows(), time.monotonic() - self.started)
-        summary.forecast = forecast(self.journal.records(), summary, self.serving)
-        table.save_summary(self.plan, self.storage, summary)
-        return summary
-
-    def _stopped(self) -> RunStoppedError:
-        assert self.stop_error is not None
+    def _standing(self) -> Summary:
+        """The sum of a run that did not end."""
         rows = max(self._count_rows(), self.tally.planned)
         summary = self.tally.summary(self.storage.step_name, rows, time.monotonic() - self.started)
         with contextlib.suppress(OSError):  # on a full disk the sum is shown, not kept
             table.save_summary(self.plan, self.storage, summary)
-        if not self.options.quiet:
-            print(describe(summary), file=sys.stderr)
-        self.stop_error.summary = summary
-        return self.stop_error
+        return summary
+
+    def _count_rows(self) -> int:
+        rows = self.storage.count_rows()
+        return sum(1 for _ in self.storage.iter_rows()) if rows is None else rows
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -235,21 +213,15 @@ class _Run:
         first = await self._pull()
         if first is None:
             return
-        replicas = self.serving.replicas()
-        kind = InlineWorker if len(replicas) == 1 or self.serving.remote else ProcessWorker
-        self.stations = Stations(
-            [Station(kind(each, self.identifier.fingerprint), each, self.halted) for each in replicas],
-            remote=self.serving.remote,
-        )
         self._given_back = [first]
         try:
-            try:
-                await self.stations.start()
-            except FatalServingError as error:
-                stop = RunStoppedError(f"stopped: {error}")
-                stop.__cause__ = error
-                self.stop(stop)
-                return
+            await self.crew.start(self.identifier.fingerprint)
+        except FatalServingError as error:
+            stop = RunStoppedError(f"stopped: {error}")
+            stop.__cause__ = error
+            self.stop(stop)
+            return
+        try:
             ticker = asyncio.create_task(self._tick())
             # One lane more than may generate: its batch is planned, encoded and written while the others generate.
             lanes = [
@@ -269,7 +241,6 @@ class _Run:
                 # A clean stop: these did not kill anybody.
                 with contextlib.suppress(OSError):  # on a full disk they count as started once
                     self.journal.append({"s": "forget", "ks": sorted(self.maker.unfinished)})
-            await self.stations.stop()
 
     async def _tick(self) -> None:
         """Show how things stand also while nothing ends."""
@@ -336,20 +307,6 @@ class _Run:
                     f"{self.options.max_failed_fraction:g}. Mend the cause and run again, or raise the limit."
                 )
             )
-
-    def _give_up(self) -> None:
-        """Drop what is in flight; what was started is forgotten, and the workers are stopped."""
-        for station in self.stations.all:
-            station.worker.give_up()
-        for task in asyncio.all_tasks(self.loop):
-            task.cancel()
-
-
-def _wait(ended: threading.Event) -> None:
-    # With a time-out, so that Ctrl-C gets through on every platform. Not Thread.join: before Python 3.13 one that was
-    # interrupted takes the thread for ended.
-    while not ended.wait(0.5):
-        pass
 
 
 def _disk_message(error: OSError) -> str:

@@ -13,7 +13,7 @@ import re
 import secrets
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,15 @@ class ImageIO:
     def existing(self) -> Iterator[tuple[str, int]]:
         """File name relative to ``save_path`` and bytes of every image, unopened, in no particular order."""
         return listing.images(str(self.save_path))
+
+    def sizes(self, names: Iterable[str]) -> Iterator[tuple[str, int]]:
+        """Those of the files that exist, as :meth:`existing` gives them."""
+        for name in names:
+            try:
+                size = os.stat(os.path.join(self.save_path, name)).st_size  # noqa: PTH116, PTH118 - called for millions
+            except OSError:
+                continue
+            yield name, size
 
     def sweep(self) -> int:
         """Remove what killed runs left half-written; returns how many files.

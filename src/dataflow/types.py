@@ -230,6 +230,10 @@ class ImageStore(Protocol):
         """Name and size in bytes of every image file there is."""
         ...
 
+    def sizes(self, names: Iterable[str]) -> Iterator[tuple[str, int]]:
+        """Those of the files that exist, as :meth:`existing` gives them."""
+        ...
+
     def sweep(self) -> int:
         """Remove what killed runs left half-written; number of files. Only under the cache lock."""
         ...

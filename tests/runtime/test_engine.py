@@ -240,8 +240,10 @@ class TestTheTable:
         job.prompts("a", "b", "c")
 
         class Meddling(FakeServing):
-            def cleanup(serving):  # noqa: N805
-                job.prompts("a")
+            async def generate(serving, requests):  # noqa: N805
+                if requests[-1].prompt == "c":
+                    job.prompts("a")
+                return await super().generate(requests)
 
         with pytest.raises(StepError, match="changed while the step ran"):
             job.run(Meddling(job.io, size=(8, 8)))

@@ -1,8 +1,8 @@
 """The workers of a step and the loop they live in, from its first batch to its last, over all parts of its table.
 
-The asyncio loop lives in a thread of its own, so that a run works the same from a script, in a notebook whose main thread
-already has a loop, and under Ctrl-C: the first one lets the batches in flight end and be saved, the second one gives
-them up. Either way the next run goes on where this one stopped.
+The asyncio loop lives in a thread of its own, so that a run works the same from a script, in a notebook whose main
+thread already has a loop, and under Ctrl-C: the first one lets the batches in flight end and be saved, the second one
+gives them up. Either way the next run goes on where this one stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import Future
+from concurrent import futures
 from typing import Any
 
 from dataflow.errors import RunInterruptedError, RunStoppedError
@@ -34,12 +34,14 @@ class Crew:
     Attributes:
         stations: none before :meth:`start`.
         halted: set when the step stops before its end.
+        interrupted: by Ctrl-C; None if it was not.
     """
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
         self.stations = Stations([], remote=serving.remote)
         self.halted = asyncio.Event()
+        self.interrupted: RunInterruptedError | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._given_up = False
@@ -69,6 +71,9 @@ class Crew:
         Args:
             main: what is to be done.
             stop: told in the loop's thread that no new work may begin; what is under way ends.
+
+        Raises:
+            RunInterruptedError: a second Ctrl-C gave up what was under way.
         """
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
@@ -78,19 +83,18 @@ class Crew:
         try:
             _wait(ending)
         except KeyboardInterrupt:
-            error = RunInterruptedError("interrupted: run the same command again to go on")
+            error = self.interrupted = RunInterruptedError("interrupted: run the same command again to go on")
             try:
                 self._loop.call_soon_threadsafe(stop, error)
                 print("\nCtrl-C: finishing the batches in flight; press it again to give them up.", file=sys.stderr)
                 _wait(ending)
             except KeyboardInterrupt:
-                # A serving may hold up the loop, which then has not even heard of the first one.
-                stop(error)
                 self._given_up = True
                 self._loop.call_soon_threadsafe(self._give_up)
                 with contextlib.suppress(KeyboardInterrupt, TimeoutError):
                     _wait(ending, GIVE_UP_SECONDS)
-                return
+                # A serving may hold up the loop, which then has not even heard of the first one.
+                raise error from None
         ending.result()
 
     def close(self) -> None:
@@ -118,12 +122,10 @@ class Crew:
             task.cancel()
 
 
-def _wait(ending: Future[None], seconds: float | None = None) -> None:
+def _wait(ending: futures.Future[None], seconds: float | None = None) -> None:
     # In small steps, so that Ctrl-C gets through on every platform.
     until = None if seconds is None else time.monotonic() + seconds
     while not ending.done():
         if until is not None and time.monotonic() > until:
             raise TimeoutError
-        ended = threading.Event()
-        ending.add_done_callback(lambda _: ended.set())
-        ended.wait(0.5)
+        futures.wait((ending,), 0.5)

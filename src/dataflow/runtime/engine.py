@@ -1,22 +1,17 @@
-"""What happens to every step, once: resume, batches, retries, out-of-memory, refusals, interruption, the final sum.
-
-The asyncio loop of a run lives in a thread of its own, so that a run works the same from a script, in a notebook whose
-main thread already has a loop, and under Ctrl-C: the first one lets the batches in flight end and be saved, the second
-one gives them up. Either way the next run goes on where this one stopped.
-"""
+"""What happens to every step, once: resume, batches, retries, out-of-memory, refusals, interruption, the final sum."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
+import hashlib
 import logging
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataflow.errors import (
@@ -24,21 +19,23 @@ from dataflow.errors import (
     InputError,
     RunInterruptedError,
     RunStoppedError,
+    StepError,
     TooManyFailuresError,
 )
 from dataflow.io import ImageIO
 from dataflow.runtime import table
 from dataflow.runtime.budget import Budget
+from dataflow.runtime.crew import Crew
 from dataflow.runtime.forecast import describe_forecast, forecast, sample_rows
 from dataflow.runtime.identity import Identifier
-from dataflow.runtime.journal import Journal
+from dataflow.runtime.journal import Index, Journal
 from dataflow.runtime.lock import cache_lock
 from dataflow.runtime.making import Maker, Try
+from dataflow.runtime.parts import PART_ROWS, Origins, Part, PartStorage, cut, facts, is_mixed
 from dataflow.runtime.planner import Planner
 from dataflow.runtime.progress import Progress, describe
-from dataflow.runtime.station import Station, Stations
-from dataflow.runtime.tally import Tally
-from dataflow.runtime.worker import InlineWorker, ProcessWorker
+from dataflow.runtime.station import Station
+from dataflow.runtime.tally import Tally, add_up
 from dataflow.types import Plan, Serving, Summary
 from dataflow.utils.storage import FileStorage
 
@@ -47,8 +44,6 @@ logger = logging.getLogger(__name__)
 LEAST_FAILURES = 100
 """Fewer failed rows than this never stop a run."""
 TICK_SECONDS = 1.0
-GIVE_UP_SECONDS = 2.0
-"""How long a second Ctrl-C waits for the serving to be cleaned up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +60,8 @@ class RunOptions:
             unless that was all. What is made counts for the run that follows.
         progress: show a progress bar; None shows it in terminals and notebooks only.
         quiet: do not print the sum at the end.
+        part_rows: tables of JSON Lines with more lines are run in parts of so many, each with a journal of its own, so
+            that going on reads what is left and not what is done.
     """
 
     max_failed_fraction: float = 0.5
@@ -74,6 +71,7 @@ class RunOptions:
     pilot: int | None = None
     progress: bool | None = None
     quiet: bool = False
+    part_rows: int = PART_ROWS
 
 
 def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None) -> Summary:
@@ -100,12 +98,146 @@ def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None)
         if plan.serving is None:
             summary = table.fold_only(plan, storage)
         else:
-            summary = _Run(plan, plan.serving, storage, options).execute()
+            try:
+                summary = _Step(plan, plan.serving, storage, options).execute()
+            except RunStoppedError as error:
+                if not options.quiet and error.summary is not None:
+                    print(describe(error.summary), file=sys.stderr)
+                raise
     if not options.quiet:
         print(describe(summary), file=sys.stderr)
         if summary.forecast is not None:
             print(describe_forecast(summary.forecast), file=sys.stderr)
     return summary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What a run over a part of a table has to know of the rest.
+
+    Attributes:
+        before: the sum of the parts before it.
+        usd: US dollars that the other parts have cost, and those that calls which broke off may have.
+        index: what the journals of all parts say, where a row's record may lie in that of another part.
+        earlier: how many identical drafts the parts before it have.
+        only: numbers in the table, from 0, of the rows to make; None for all.
+    """
+
+    before: Summary = field(default_factory=Summary)
+    usd: float = 0.0
+    index: Index | None = None
+    earlier: Callable[[bytes], int] | None = None
+    only: frozenset[int] | None = None
+
+
+class _Step:
+    """One execution of one plan: over the whole table, or over one part of it after another."""
+
+    def __init__(self, plan: Plan, serving: Serving, storage: FileStorage, options: RunOptions) -> None:
+        self.plan, self.serving, self.storage, self.options = plan, serving, storage, options
+        self.started = time.monotonic()
+        self.parts = cut(plan, serving, storage, options.part_rows)
+        self.crew = Crew(serving)
+        self.origins = Origins()
+        self.sums: list[Summary] = []
+        self.mixed = False
+        self.index: Index | None = None
+
+    def execute(self) -> Summary:
+        """Make what is pending and write the table.
+
+        Raises:
+            RunStoppedError: not everything was made; ``summary`` says what was.
+            StepError: the table changed while the step ran.
+        """
+        pilot = self.options.pilot
+        only = None if pilot is None else sample_rows(self._count_rows(), pilot, self.plan.seed)
+        with (
+            contextlib.closing(self.crew),
+            Progress(self.plan.name, self.storage.count_rows(), self.options.progress) as self.progress,
+        ):
+            try:
+                summary = self._in_parts(only) if self.parts else self._run(self.storage, Context(only=only)).execute()
+            finally:
+                if self.serving.image_io is not None:
+                    self.serving.image_io.sweep()
+        if pilot is not None and summary.pending:
+            summary.forecast = forecast(Journal(table.journal_folder(self.storage)).records(), summary, self.serving)
+            table.save_summary(self.plan, self.storage, summary)
+        return summary
+
+    def _run(self, storage: FileStorage, context: Context) -> _Run:
+        return _Run(self.plan, self.serving, storage, self.options, self.crew, self.progress, context)
+
+    def _count_rows(self) -> int:
+        rows = self.storage.count_rows()
+        return sum(1 for _ in self.storage.iter_rows()) if rows is None else rows
+
+    def _in_parts(self, only: frozenset[int] | None) -> Summary:
+        signature = self.storage.input_signature()
+        self.mixed = is_mixed(self.storage, self.parts)
+        for number, part in enumerate(self.parts):
+            if part.is_finished(self.serving.image_io) and part.is_settled(self.options.retry):
+                self.sums.append(part.summary())
+                self.origins.add(part.origins_path)
+                continue
+            context = Context(
+                before=self._total(self.sums),
+                usd=self._usd_of_others(part),
+                index=self._index_of_all() if self.mixed else None,
+                earlier=self.origins.count,
+                only=only,
+            )
+            try:
+                if self.crew.interrupted:
+                    raise self.crew.interrupted
+                self.sums.append(self._one_part(part, context))
+            except RunStoppedError as error:
+                rest = [each.summary() for each in self.parts[number + (error.summary is not None) :]]
+                error.summary = self._total([*self.sums, *filter(None, [error.summary]), *rest])
+                with contextlib.suppress(OSError):  # on a full disk the sum is shown, not kept
+                    table.save_summary(self.plan, self.storage, error.summary)
+                raise
+        summary = self._total(self.sums)
+        if summary.pending:
+            return summary
+        if self.storage.input_signature() != signature:
+            raise StepError(f"{self.storage.input_path} changed while the step ran: run again")
+        state = hashlib.sha256("".join(part.mark + str(part.known.get("state")) for part in self.parts).encode())
+        storages = [part.storage for part in self.parts]
+        table.write_joined(self.plan, self.storage, storages, summary, state.hexdigest())
+        return summary
+
+    def _one_part(self, part: Part, context: Context) -> Summary:
+        run = self._run(part.storage, context)
+        summary = run.execute(lambda: facts(part, run.index, run.planner.book.requests))
+        self.origins.save(part.origins_path, run.identifier.origins)
+        part.known = table.load_summary(part.folder) or {}
+        return summary
+
+    def _index_of_all(self) -> Index:
+        if self.index is None:
+            logger.warning(
+                "%s: rows were put in or taken out since the first run, so that the journals of all %d parts are read",
+                self.storage.input_path,
+                len(self.parts),
+            )
+            self.index = Journal(table.journal_folder(self.storage)).load()
+            self.index.verify(_existing(self.serving, self.index, self.storage))
+        return self.index
+
+    def _usd_of_others(self, part: Part) -> float:
+        if self.options.budget_usd is None or self.mixed:
+            return 0.0
+        return sum(each.spent() for each in self.parts if each is not part)
+
+    def _total(self, sums: Sequence[Summary]) -> Summary:
+        found = add_up(self.storage.step_name, sums, time.monotonic() - self.started)
+        if self.mixed:  # a journal tells nothing of what its own part cost
+            known = table.load_summary(table.journal_folder(self.storage)) or {}
+            found.usd = self.index.usd if self.index else known.get("usd", 0.0)
+            found.unpriced = self.index.unpriced if self.index else known.get("unpriced", 0)
+        return found
 
 
 class _Run:
@@ -132,18 +264,21 @@ class _Run:
         context: Context,
     ) -> None:
         self.plan, self.serving, self.storage, self.options = plan, serving, storage, options
-        self.crew, self.progress = crew, progress
+        self.crew, self.progress, self.context = crew, progress, context
         self.started = time.monotonic()
         self.signature = storage.input_signature()
         self.journal = Journal(table.journal_folder(storage))
         self.index = self.journal.load() if context.index is None else context.index
-        if serving.image_io and context.index is None:
-            whole = context.whole_folder
-            self.index.verify(serving.image_io.existing() if whole else serving.image_io.sizes(self.index.all_names()))
+        if context.index is None:
+            self.index.verify(_existing(serving, self.index, storage))
         self.tally = Tally(before=storage.rows_before, usd=self.index.usd, unpriced=self.index.unpriced)
         self.budget = Budget(options.budget_usd, lambda: context.usd + self.index.usd + self.index.risk)
         self.identifier = Identifier(
-            serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest, earlier=context.earlier
+            serving,
+            plan.seed,
+            resolve=storage.resolve,
+            digest=ImageIO(storage.cache_path).digest,
+            earlier=context.earlier,
         )
         self.planner = Planner(
             plan,
@@ -156,7 +291,7 @@ class _Run:
             options.retry,
             context.only,
         )
-        self.halted = crew.halted
+        self.halted, self.stations = crew.halted, crew.stations
         self.maker = Maker(
             self, serving, self.planner, self.index, self.journal, self.tally, self.budget, options.max_attempts
         )
@@ -166,12 +301,11 @@ class _Run:
         self._given_back: list[Try] = []
         self._in_hand = 0
 
-    @property
-    def stations(self) -> Stations:
-        return self.crew.stations
-
-    def execute(self) -> Summary:
+    def execute(self, facts: Callable[[], Mapping[str, object]] = dict) -> Summary:
         """Make what is pending and write the table.
+
+        Args:
+            facts: what to keep with the sum of a table that was written.
 
         Raises:
             RunStoppedError: not everything was made; ``summary`` says what was.
@@ -179,16 +313,19 @@ class _Run:
         """
         self.journal.open()
         try:
-            self.progress.follow(self.tally)
-            self.crew.run(self._main, self.stop)
-            if self.stop_error is not None:
+            self.progress.follow(self.tally, self.context.before)
+            try:
+                self.crew.run(self._main, self.stop)
+            except RunInterruptedError as error:
+                self.stop_error = self.stop_error or error
+            nothing_left = self.planner.exhausted and not self._in_hand
+            if self.stop_error is not None and not (self.stop_error is self.crew.interrupted and nothing_left):
                 self.stop_error.summary = self._standing()
                 raise self.stop_error
             if self.options.pilot is not None and self._count_rows() > self.tally.settled:
                 return self._standing()
-            summary = table.write(
-                self.plan, self.storage, self.planner, self.signature, time.monotonic() - self.started
-            )
+            seconds = time.monotonic() - self.started
+            summary = table.write(self.plan, self.storage, self.planner, self.signature, seconds, **facts())
         finally:
             self._planning.shutdown(wait=False)
             self.journal.close()
@@ -221,6 +358,7 @@ class _Run:
             stop.__cause__ = error
             self.stop(stop)
             return
+        self.stations = self.crew.stations
         try:
             ticker = asyncio.create_task(self._tick())
             # One lane more than may generate: its batch is planned, encoded and written while the others generate.
@@ -307,6 +445,15 @@ class _Run:
                     f"{self.options.max_failed_fraction:g}. Mend the cause and run again, or raise the limit."
                 )
             )
+
+
+def _existing(serving: Serving, index: Index, storage: FileStorage) -> Iterator[tuple[str, int]]:
+    """Name and size in bytes of the image files there are: of a part, those alone that its journal names."""
+    if serving.image_io is None:
+        return iter(())
+    if isinstance(storage, PartStorage):
+        return serving.image_io.sizes(index.files())
+    return serving.image_io.existing()
 
 
 def _disk_message(error: OSError) -> str:

@@ -163,9 +163,7 @@ def cut_lines(path: Path, lines: int) -> list[Piece]:
     def end_piece() -> None:
         nonlocal start, first_row, left, rows, digest
         number = len(pieces)
-        pieces.append(
-            Piece(start, offset, number * lines, first_row, rows.count, digest.hexdigest())
-        )
+        pieces.append(Piece(start, offset, number * lines, first_row, rows.count, digest.hexdigest()))
         start, first_row = offset, first_row + rows.count
         left, rows, digest = lines, _LineCounter(), hashlib.sha256()
 

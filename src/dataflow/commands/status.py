@@ -16,10 +16,11 @@ from dataflow import config as configuration
 from dataflow.commands.folder import JOB_FILE, load_job, offline, shown
 from dataflow.config import Job
 from dataflow.errors import ConfigError, InputError
-from dataflow.runtime.journal import Journal
+from dataflow.runtime.journal import Journal, journal_files
 from dataflow.runtime.progress import human_bytes, spending
 from dataflow.runtime.survey import survey
-from dataflow.runtime.table import SETTLED, journal_folder, load_summary
+from dataflow.runtime.table import journal_folder, load_summary
+from dataflow.runtime.tally import SETTLED
 from dataflow.types import Plan
 from dataflow.utils.storage import FileStorage
 
@@ -101,7 +102,7 @@ def _is_current(known: dict[str, Any], journal: Path, storage: FileStorage, fold
     """Whether the sum that the last run left still says how things stand."""
     try:
         written = (journal / "summary.json").stat().st_mtime_ns
-        inputs = [storage.input_path, folder / JOB_FILE, *journal.glob("*.jsonl")]
+        inputs = [storage.input_path, folder / JOB_FILE, *journal_files(journal)]
         table = storage.output_path.stat()
         return (
             known.get("output") == str(storage.output_path)
@@ -124,7 +125,7 @@ def _steps_of_journals(folder: Path) -> Iterator[StepStatus]:
         newer = (
             any(
                 path.stat().st_mtime_ns > (journal / "summary.json").stat().st_mtime_ns
-                for path in journal.glob("*.jsonl")
+                for path in journal_files(journal)
             )
             if known
             else True

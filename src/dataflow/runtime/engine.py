@@ -9,7 +9,7 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Index, Journal
 from dataflow.runtime.lock import cache_lock
 from dataflow.runtime.making import Maker, Try
-from dataflow.runtime.parts import PART_ROWS, Origins, Part, PartStorage, cut, facts, is_mixed
+from dataflow.runtime.parts import PART_ROWS, Origins, Part, cut, existing_images, facts, is_mixed, keep_layout
 from dataflow.runtime.planner import Planner
 from dataflow.runtime.progress import Progress, describe
 from dataflow.runtime.station import Station
@@ -176,6 +176,7 @@ class _Step:
     def _in_parts(self, only: frozenset[int] | None) -> Summary:
         signature = self.storage.input_signature()
         self.mixed = is_mixed(self.storage, self.parts)
+        keep_layout(self.storage, self.parts, self.options.part_rows, mixed=self.mixed)
         for number, part in enumerate(self.parts):
             if part.is_finished(self.serving.image_io) and part.is_settled(self.options.retry):
                 self.sums.append(part.summary())
@@ -211,7 +212,8 @@ class _Step:
     def _one_part(self, part: Part, context: Context) -> Summary:
         run = self._run(part.storage, context)
         summary = run.execute(lambda: facts(part, run.index, run.planner.book.requests))
-        self.origins.save(part.origins_path, run.identifier.origins)
+        self.origins.take(run.identifier.origins)
+        self.origins.save(part.origins_path)
         part.known = table.load_summary(part.folder) or {}
         return summary
 
@@ -223,7 +225,7 @@ class _Step:
                 len(self.parts),
             )
             self.index = Journal(table.journal_folder(self.storage)).load()
-            self.index.verify(_existing(self.serving, self.index, self.storage))
+            self.index.verify(existing_images(self.serving, self.index, self.storage))
         return self.index
 
     def _usd_of_others(self, part: Part) -> float:
@@ -270,7 +272,7 @@ class _Run:
         self.journal = Journal(table.journal_folder(storage))
         self.index = self.journal.load() if context.index is None else context.index
         if context.index is None:
-            self.index.verify(_existing(serving, self.index, storage))
+            self.index.verify(existing_images(serving, self.index, storage))
         self.tally = Tally(before=storage.rows_before, usd=self.index.usd, unpriced=self.index.unpriced)
         self.budget = Budget(options.budget_usd, lambda: context.usd + self.index.usd + self.index.risk)
         self.identifier = Identifier(
@@ -445,15 +447,6 @@ class _Run:
                     f"{self.options.max_failed_fraction:g}. Mend the cause and run again, or raise the limit."
                 )
             )
-
-
-def _existing(serving: Serving, index: Index, storage: FileStorage) -> Iterator[tuple[str, int]]:
-    """Name and size in bytes of the image files there are: of a part, those alone that its journal names."""
-    if serving.image_io is None:
-        return iter(())
-    if isinstance(storage, PartStorage):
-        return serving.image_io.sizes(index.files())
-    return serving.image_io.existing()
 
 
 def _disk_message(error: OSError) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,15 @@ def facts(part: Part, index: Index, requests: int) -> dict[str, object]:
     return {"mark": part.mark, "risk": index.risk, "requests": requests, "sample": index.sample(SAMPLE_IMAGES)}
 
 
+def existing_images(serving: Serving, index: Index, storage: FileStorage) -> Iterator[tuple[str, int]]:
+    """Name and size in bytes of the image files there are: of a part of a table, those alone that its journal names."""
+    if serving.image_io is None:
+        return iter(())
+    if isinstance(storage, PartStorage):
+        return serving.image_io.sizes(index.files())
+    return serving.image_io.existing()
+
+
 class Origins:
     """Counts drafts of the parts so far that are identical to one, by eight bytes each."""
 
@@ -205,17 +214,19 @@ class Origins:
         """Those of a further part, as :meth:`save` left them."""
         self._new.append(np.fromfile(path, np.uint64))
 
-    def save(self, path: Path, origins: bytes | bytearray) -> None:
-        """Keep those of a part, in ascending order, and count them from now on.
+    def take(self, origins: bytes | bytearray) -> None:
+        """Those of a further part, as its :class:`~dataflow.runtime.identity.Identifier` has them."""
+        self._new.append(np.sort(np.frombuffer(origins, f">u{ORIGIN_BYTES}").astype(np.uint64)))
+
+    def save(self, path: Path) -> None:
+        """Keep those that were taken last.
 
         Raises:
             OSError: the file cannot be written.
         """
-        found = np.sort(np.frombuffer(origins, f">u{ORIGIN_BYTES}").astype(np.uint64))
         temporary = path.with_suffix(".tmp")
-        found.tofile(temporary)
+        self._new[-1].tofile(temporary)
         temporary.replace(path)
-        self._new.append(found)
 
     def count(self, origin: bytes) -> int:
         """How many there are."""
@@ -230,20 +241,39 @@ class Origins:
         return int(known.searchsorted(value, "right")) - first
 
 
+def lines_of_parts(storage: FileStorage) -> int:
+    """How many lines the parts of a step have had so far."""
+    return _layout(storage)["lines"]
+
+
+def keep_layout(storage: FileStorage, parts: Sequence[Part], lines: int, *, mixed: bool) -> None:
+    """Write down how a step's table is cut, for later runs.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = journal_folder(storage) / _LAYOUT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layout = {"lines": lines, "pieces": [part.storage.piece for part in parts], "mixed": mixed}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(layout))
+    temporary.replace(path)
+
+
+def _layout(storage: FileStorage) -> Mapping[str, Any]:
+    folder = journal_folder(storage)
+    try:
+        return json.loads((folder / _LAYOUT).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {"lines": PART_ROWS, "pieces": [], "mixed": any(folder.glob("part-*/*.jsonl"))}
+
+
 def is_mixed(storage: FileStorage, parts: Sequence[Part]) -> bool:
     """Whether a row's record may lie in the journal of another part: rows were put in or taken out since the first run.
 
-    Rows that are added at the end move no other. What is found is kept for later runs.
-
-    Raises:
-        OSError: it cannot be kept.
+    Rows that are added at the end move no other.
     """
-    folder = journal_folder(storage)
-    path = folder / _LAYOUT
-    try:
-        before = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        before = {"pieces": [], "mixed": any(folder.glob("part-*/*.jsonl"))}
+    folder, before = journal_folder(storage), _layout(storage)
     mixed = bool(before["mixed"]) or any(folder.glob("*.jsonl"))
     old = [Piece(*piece) for piece in before["pieces"]]
     for number, piece in enumerate(old):
@@ -252,10 +282,6 @@ def is_mixed(storage: FileStorage, parts: Sequence[Part]) -> bool:
         last = number == len(old) - 1
         here = parts[number].storage if number < len(parts) else None
         mixed = mixed or here is None or not _begins_with(here, piece, grown=last)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"pieces": [part.storage.piece for part in parts], "mixed": mixed}))
-    temporary.replace(path)
     return mixed
 
 

@@ -10,9 +10,10 @@ from dataflow.errors import BadRequestError, InputError
 from dataflow.io import ImageIO
 from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Index, Journal
+from dataflow.runtime.parts import Origins, cut, existing_images, is_mixed, lines_of_parts
 from dataflow.runtime.planner import checked_rows, failure_reason
 from dataflow.runtime.table import journal_folder
-from dataflow.runtime.tally import Tally, worse
+from dataflow.runtime.tally import Tally, add_up, worse
 from dataflow.types import BadRow, Draft, GenerationRequest, Plan, Serving, Status, Summary
 from dataflow.utils.storage import FileStorage
 
@@ -71,10 +72,51 @@ def survey(plan: Plan, serving: Serving, storage: FileStorage, prospect: Prospec
         InputError: the table cannot be read.
         ConfigError: the model the requests' identity depends on cannot be found.
     """
-    existing = serving.image_io.existing() if serving.image_io else ()
+    parts = cut(plan, serving, storage, lines_of_parts(storage))
+    if not parts:
+        return _survey(plan, serving, storage, prospect, _index(serving, storage), None)[0]
+    mixed = is_mixed(storage, parts)
+    index: Index | None = None
+    origins, sums = Origins(), []
+    for part in parts:
+        if part.is_finished(serving.image_io) and part.is_settled(None):
+            sums.append(part.summary())
+            origins.add(part.origins_path)
+            if prospect is not None:
+                prospect.requests += part.known["requests"]
+            continue
+        index = index if mixed and index else _index(serving, storage if mixed else part.storage)
+        summary, found = _survey(plan, serving, part.storage, prospect, index, origins)
+        sums.append(summary)
+        origins.take(found)
+    total = add_up(storage.step_name, sums, 0.0)
+    if mixed and index:
+        total.usd, total.unpriced = index.usd, index.unpriced
+    return total
+
+
+def _index(serving: Serving, storage: FileStorage) -> Index:
     index = Journal(journal_folder(storage)).load()
-    index.verify(existing)
-    identifier = Identifier(serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest)
+    index.verify(existing_images(serving, index, storage))
+    return index
+
+
+def _survey(
+    plan: Plan,
+    serving: Serving,
+    storage: FileStorage,
+    prospect: Prospect | None,
+    index: Index,
+    origins: Origins | None,
+) -> tuple[Summary, bytearray]:
+    """The sum of a table or of a part of one, and what its drafts have in common with others."""
+    identifier = Identifier(
+        serving,
+        plan.seed,
+        resolve=storage.resolve,
+        digest=ImageIO(storage.cache_path).digest,
+        earlier=origins.count if origins else None,
+    )
     tally = Tally(usd=index.usd, unpriced=index.unpriced)
     for row in checked_rows(plan, storage):
         try:
@@ -102,7 +144,7 @@ def survey(plan: Plan, serving: Serving, storage: FileStorage, prospect: Prospec
                 prospect.requests += 1
                 if state == "pending":
                     prospect.add(requests[-1], serving)
-    return tally.summary(storage.step_name, tally.planned, 0.0)
+    return tally.summary(storage.step_name, tally.planned, 0.0), identifier.origins
 
 
 def _state(index: Index, draft: Draft, key: bytes, before: list[State]) -> State:

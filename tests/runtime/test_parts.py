@@ -381,20 +381,17 @@ class TestSurvey:
         assert prospect.requests_pending == 1
 
 
-def test_counts_of_what_drafts_have_in_common(tmp_path):
+def test_counts_of_what_drafts_have_in_common():
     origins = Origins()
     drawn = [os.urandom(1) + bytes(7) for _ in range(2000)]
+    counted = Counter()
     for start in range(0, 2000, 500):
         origins.take(b"".join(drawn[start : start + 500]))
-        origins.save(tmp_path / f"{start}")
-    again = Origins()
-    for start in range(0, 2000, 500):
-        again.add(tmp_path / f"{start}")
-    counted = Counter(drawn)
-    for value in range(256):
-        origin = bytes([value]) + bytes(7)
-        assert origins.count(origin) == again.count(origin) == counted[origin]
-    assert origins.count(b"\xff" * 8) == 0
+        counted.update(drawn[start : start + 500])
+        for value in range(256):
+            origin = bytes([value]) + bytes(7)
+            assert origins.count(origin) == counted[origin]
+    assert origins.count(b"\xff" * 8) == counted[b"\xff" * 8]
 
 
 def test_a_bad_row_keeps_its_line_number(job):

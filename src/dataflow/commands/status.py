@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from dataflow.commands.folder import JOB_FILE, load_job, offline, shown
 from dataflow.config import Job
 from dataflow.errors import ConfigError, InputError
 from dataflow.runtime.journal import Journal, journal_files
+from dataflow.runtime.lock import is_alive
 from dataflow.runtime.progress import human_bytes, spending
 from dataflow.runtime.survey import survey
 from dataflow.runtime.table import journal_folder, load_summary
@@ -190,21 +190,7 @@ def owner_of(folder: Path) -> dict[str, Any] | None:
 
 def lives(owner: dict[str, Any]) -> bool:
     """Whether the process is there; one on another host is taken to be."""
-    return owner["host"] != socket.gethostname() or _alive(owner["pid"])
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):  # not on Linux
-        return True
-    return state != "Z"  # dead, and its parent has not noticed yet
+    return owner["host"] != socket.gethostname() or is_alive(owner["pid"])
 
 
 def _rows_written(step: StepStatus) -> str:

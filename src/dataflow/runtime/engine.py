@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataflow.errors import (
+    ConfigError,
     FatalServingError,
     InputError,
     RunInterruptedError,
@@ -22,18 +23,28 @@ from dataflow.errors import (
     StepError,
     TooManyFailuresError,
 )
-from dataflow.io import ImageIO
-from dataflow.runtime import table
+from dataflow.runtime import sharing, table
 from dataflow.runtime.budget import Budget
 from dataflow.runtime.crew import Crew
 from dataflow.runtime.forecast import describe_forecast, forecast, sample_rows
-from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Index, Journal
-from dataflow.runtime.lock import cache_lock
 from dataflow.runtime.making import Maker, Try
-from dataflow.runtime.parts import PART_ROWS, Origins, Part, cut, existing_images, facts, is_mixed, keep_layout
+from dataflow.runtime.parts import (
+    PART_ROWS,
+    Origins,
+    Part,
+    cut,
+    existing_images,
+    facts,
+    find_origins,
+    identifier_of,
+    is_mixed,
+    keep_layout,
+    save_origins,
+)
 from dataflow.runtime.planner import Planner
 from dataflow.runtime.progress import Progress, describe
+from dataflow.runtime.sharing import Driver
 from dataflow.runtime.station import Station
 from dataflow.runtime.tally import Tally, add_up
 from dataflow.types import Plan, Serving, Summary
@@ -44,6 +55,8 @@ logger = logging.getLogger(__name__)
 LEAST_FAILURES = 100
 """Fewer failed rows than this never stop a run."""
 TICK_SECONDS = 1.0
+PATIENCE = 1.0
+"""Seconds between two looks at what other drivers have done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +75,8 @@ class RunOptions:
         quiet: do not print the sum at the end.
         part_rows: tables of JSON Lines with more lines are run in parts of so many, each with a journal of its own, so
             that going on reads what is left and not what is done.
+        share: make the step together with other processes that are run with the same options, on this machine or on
+            others that see the same folders. Tables of several parts are shared part by part.
     """
 
     max_failed_fraction: float = 0.5
@@ -72,6 +87,7 @@ class RunOptions:
     progress: bool | None = None
     quiet: bool = False
     part_rows: int = PART_ROWS
+    share: bool = False
 
 
 def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None) -> Summary:
@@ -94,21 +110,31 @@ def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None)
     """
     options = options or RunOptions()
     storage.open_writer()  # writes nothing yet, but refuses a step that would overwrite the user's table
-    with _readable_disk_errors(storage), cache_lock(Path(storage.cache_path)):
-        if plan.serving is None:
-            summary = table.fold_only(plan, storage)
-        else:
-            try:
-                summary = _Step(plan, plan.serving, storage, options).execute()
-            except RunStoppedError as error:
-                if not options.quiet and error.summary is not None:
-                    print(describe(error.summary), file=sys.stderr)
-                raise
+    if options.share and (options.budget_usd is not None or options.pilot is not None):
+        raise ConfigError("share=True goes with neither budget_usd nor pilot: one process alone can keep count")
+    folder = Path(storage.cache_path)
+    entered = sharing.join(folder) if options.share else sharing.alone(folder)
+    with _readable_disk_errors(storage), entered as driver:
+        try:
+            summary = _execute(plan, storage, options, driver)
+        except RunStoppedError as error:
+            if not options.quiet and error.summary is not None:
+                print(describe(error.summary), file=sys.stderr)
+            raise
     if not options.quiet:
         print(describe(summary), file=sys.stderr)
         if summary.forecast is not None:
             print(describe_forecast(summary.forecast), file=sys.stderr)
     return summary
+
+
+def _execute(plan: Plan, storage: FileStorage, options: RunOptions, driver: Driver | None) -> Summary:
+    if plan.serving is not None:
+        return _Step(plan, plan.serving, storage, options, driver).execute()
+    if driver is None:
+        return table.fold_only(plan, storage)
+    with driver.alone():
+        return table.written_since(driver.started, plan, storage) or table.fold_only(plan, storage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +147,7 @@ class Context:
         index: what the journals of all parts say, where a row's record may lie in that of another part.
         earlier: how many identical drafts the parts before it have.
         only: numbers in the table, from 0, of the rows to make; None for all.
+        writer: stem of the journal's file that this process writes.
     """
 
     before: Summary = field(default_factory=Summary)
@@ -128,18 +155,20 @@ class Context:
     index: Index | None = None
     earlier: Callable[[bytes], int] | None = None
     only: frozenset[int] | None = None
+    writer: str = "main"
 
 
 class _Step:
     """One execution of one plan: over the whole table, or over one part of it after another."""
 
-    def __init__(self, plan: Plan, serving: Serving, storage: FileStorage, options: RunOptions) -> None:
-        self.plan, self.serving, self.storage, self.options = plan, serving, storage, options
+    def __init__(
+        self, plan: Plan, serving: Serving, storage: FileStorage, options: RunOptions, driver: Driver | None
+    ) -> None:
+        self.plan, self.serving, self.storage, self.options, self.driver = plan, serving, storage, options, driver
         self.started = time.monotonic()
         self.parts = cut(plan, serving, storage, options.part_rows)
         self.crew = Crew(serving)
-        self.origins = Origins()
-        self.sums: list[Summary] = []
+        self.sums: dict[int, Summary] = {}
         self.mixed = False
         self.index: Index | None = None
 
@@ -157,7 +186,11 @@ class _Step:
             Progress(self.plan.name, self.storage.count_rows(), self.options.progress) as self.progress,
         ):
             try:
-                summary = self._in_parts(only) if self.parts else self._run(self.storage, Context(only=only)).execute()
+                if self.parts:
+                    summary = self._in_parts(only)
+                else:
+                    with self._alone():
+                        summary = self._run(self.storage, Context(only=only)).execute()
             finally:
                 if self.serving.image_io is not None:
                     self.serving.image_io.sweep()
@@ -165,6 +198,10 @@ class _Step:
             summary.forecast = forecast(Journal(table.journal_folder(self.storage)).records(), summary, self.serving)
             table.save_summary(self.plan, self.storage, summary)
         return summary
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other drivers away, if there may be any."""
+        return contextlib.nullcontext() if self.driver is None else self.driver.alone()
 
     def _run(self, storage: FileStorage, context: Context) -> _Run:
         return _Run(self.plan, self.serving, storage, self.options, self.crew, self.progress, context)
@@ -177,43 +214,87 @@ class _Step:
         signature = self.storage.input_signature()
         self.mixed = is_mixed(self.storage, self.parts)
         keep_layout(self.storage, self.parts, self.options.part_rows, mixed=self.mixed)
-        for number, part in enumerate(self.parts):
-            if part.is_finished(self.serving.image_io) and part.is_settled(self.options.retry):
-                self.sums.append(part.summary())
-                self.origins.add(part.origins_path)
-                continue
-            context = Context(
-                before=self._total(self.sums),
-                usd=self._usd_of_others(part),
-                index=self._index_of_all() if self.mixed else None,
-                earlier=self.origins.count,
-                only=only,
-            )
-            try:
-                if self.crew.interrupted:
-                    raise self.crew.interrupted
-                self.sums.append(self._one_part(part, context))
-            except RunStoppedError as error:
-                rest = [each.summary() for each in self.parts[number + (error.summary is not None) :]]
-                error.summary = self._total([*self.sums, *filter(None, [error.summary]), *rest])
-                with contextlib.suppress(OSError):  # on a full disk the sum is shown, not kept
-                    table.save_summary(self.plan, self.storage, error.summary)
-                raise
-        summary = self._total(self.sums)
+        while len(self.sums) < len(self.parts):
+            before = len(self.sums)
+            for number in range(len(self.parts)):
+                if number not in self.sums:
+                    self._try_part(number, only)
+            if len(self.sums) == before:
+                time.sleep(PATIENCE)  # the others are at it
+        summary = self._total()
         if summary.pending:
             return summary
         if self.storage.input_signature() != signature:
             raise StepError(f"{self.storage.input_path} changed while the step ran: run again")
         state = hashlib.sha256("".join(part.mark + str(part.known.get("state")) for part in self.parts).encode())
-        storages = [part.storage for part in self.parts]
-        table.write_joined(self.plan, self.storage, storages, summary, state.hexdigest())
+        with self._alone():
+            storages = [part.storage for part in self.parts]
+            table.write_joined(self.plan, self.storage, storages, summary, state.hexdigest())
         return summary
 
-    def _one_part(self, part: Part, context: Context) -> Summary:
+    def _try_part(self, number: int, only: frozenset[int] | None) -> None:
+        """Settle a part, unless another driver is at it."""
+        part = self.parts[number]
+        if self._is_settled(part):
+            self.sums[number] = part.summary()
+            return
+        if self.driver is not None:
+            if not self.driver.claim(part.folder):
+                return
+            part.known = table.load_summary(part.folder) or {}
+            if self._is_settled(part):  # just now
+                self.driver.release(part.folder)
+                return
+        try:
+            if self.crew.interrupted:
+                raise self.crew.interrupted
+            self.sums[number] = self._one_part(part, self.parts[:number], only)
+        except RunStoppedError as error:
+            if error.summary is not None:
+                self.sums[number] = error.summary
+            error.summary = self._total()
+            with contextlib.suppress(OSError):  # on a full disk the sum is shown, not kept
+                table.save_summary(self.plan, self.storage, error.summary)
+            raise
+        finally:
+            if self.driver is not None:
+                self.driver.release(part.folder)
+
+    def _is_settled(self, part: Part) -> bool:
+        """Whether a part is finished and nothing in it is to be tried again."""
+        if self.driver is not None:
+            part.known = table.load_summary(part.folder) or {}
+        if not part.is_finished(self.serving.image_io):
+            return False
+        just_now = self.driver is not None and part.written_at() >= self.driver.started
+        return just_now or part.is_settled(self.options.retry)
+
+    def _one_part(self, part: Part, earlier: Sequence[Part], only: frozenset[int] | None) -> Summary:
+        origins = Origins()
+        for each in earlier:
+            if not each.origins_path.is_file():
+                find_origins(each, self.plan, self.serving)
+            origins.add(each)
+        context = Context(
+            before=add_up("", self.sums.values(), 0.0),
+            usd=self._usd_of_others(part),
+            index=self._index_of_all() if self.mixed else None,
+            earlier=origins.count,
+            only=only,
+            writer=self.driver.name if self.driver else "main",
+        )
         run = self._run(part.storage, context)
-        summary = run.execute(lambda: facts(part, run.index, run.planner.book.requests))
-        self.origins.take(run.identifier.origins)
-        self.origins.save(part.origins_path)
+
+        def kept() -> Mapping[str, object]:
+            if self.driver is not None and not self.driver.holds(part.folder):
+                raise RunStoppedError(
+                    f"stopped: another process has taken over {part.folder.name}, because this one has not been heard "
+                    f"of for {sharing.DEAD_SECONDS:.0f} s. Nothing finished is lost: run again to go on"
+                )
+            save_origins(part, run.identifier.origins)
+            return facts(part, run.index, run.planner.book.requests)
+
+        summary = run.execute(kept)
         part.known = table.load_summary(part.folder) or {}
         return summary
 
@@ -233,7 +314,8 @@ class _Step:
             return 0.0
         return sum(each.spent() for each in self.parts if each is not part)
 
-    def _total(self, sums: Sequence[Summary]) -> Summary:
+    def _total(self) -> Summary:
+        sums = [self.sums.get(number) or part.summary() for number, part in enumerate(self.parts)]
         found = add_up(self.storage.step_name, sums, time.monotonic() - self.started)
         if self.mixed:  # a journal tells nothing of what its own part cost
             known = table.load_summary(table.journal_folder(self.storage)) or {}
@@ -269,19 +351,13 @@ class _Run:
         self.crew, self.progress, self.context = crew, progress, context
         self.started = time.monotonic()
         self.signature = storage.input_signature()
-        self.journal = Journal(table.journal_folder(storage))
+        self.journal = Journal(table.journal_folder(storage), context.writer)
         self.index = self.journal.load() if context.index is None else context.index
         if context.index is None:
             self.index.verify(existing_images(serving, self.index, storage))
         self.tally = Tally(before=storage.rows_before, usd=self.index.usd, unpriced=self.index.unpriced)
         self.budget = Budget(options.budget_usd, lambda: context.usd + self.index.usd + self.index.risk)
-        self.identifier = Identifier(
-            serving,
-            plan.seed,
-            resolve=storage.resolve,
-            digest=ImageIO(storage.cache_path).digest,
-            earlier=context.earlier,
-        )
+        self.identifier = identifier_of(plan, serving, storage, context.earlier)
         self.planner = Planner(
             plan,
             storage,

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,10 @@ class Part:
         reasons = self.known["reasons"]
         return not self.known["failed"] if retry is None else not retry.intersection(reasons)
 
+    def written_at(self) -> float:
+        """When its sum was written, in seconds since 1970 by the file system's clock."""
+        return (self.folder / "summary.json").stat().st_mtime
+
     def spent(self) -> float:
         """US dollars that its calls have cost, and those that calls which broke off may have."""
         if self.known.get("mark") == self.mark and "risk" in self.known:
@@ -160,7 +165,7 @@ def cut(plan: Plan, serving: Serving, storage: FileStorage, lines: int) -> list[
 
 def _mark(plan: Plan, serving: Serving, part: PartStorage) -> str:
     """A hash over the lines, the model and its settings, what the first rows ask for, and how they are folded."""
-    identifier = Identifier(serving, plan.seed, resolve=part.resolve, digest=ImageIO(part.cache_path).digest)
+    identifier = identifier_of(plan, serving, part)
     place = serving.image_io.path("") if serving.image_io else ""
     basis = [plan.name, plan.inputs, plan.outputs, plan.folding, part.piece.digest, part.piece.rows, place]
     mark = hashlib.sha256(json.dumps(basis).encode())
@@ -204,29 +209,19 @@ def existing_images(serving: Serving, index: Index, storage: FileStorage) -> Ite
 
 
 class Origins:
-    """Counts drafts of the parts so far that are identical to one, by eight bytes each."""
+    """Counts drafts of earlier parts that are identical to one, by eight bytes each."""
 
     def __init__(self) -> None:
         self._known = np.empty(0, np.uint64)
         self._new: list[np.ndarray] = []
 
-    def add(self, path: Path) -> None:
-        """Those of a further part, as :meth:`save` left them."""
-        self._new.append(np.fromfile(path, np.uint64))
+    def add(self, part: Part) -> None:
+        """Count those that were kept of a part."""
+        self._new.append(np.fromfile(part.origins_path, np.uint64))
 
     def take(self, origins: bytes | bytearray) -> None:
-        """Those of a further part, as its :class:`~dataflow.runtime.identity.Identifier` has them."""
-        self._new.append(np.sort(np.frombuffer(origins, f">u{ORIGIN_BYTES}").astype(np.uint64)))
-
-    def save(self, path: Path) -> None:
-        """Keep those that were taken last.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        temporary = path.with_suffix(".tmp")
-        self._new[-1].tofile(temporary)
-        temporary.replace(path)
+        """Count those of a part, as its :class:`~dataflow.runtime.identity.Identifier` has them."""
+        self._new.append(_in_order(origins))
 
     def count(self, origin: bytes) -> int:
         """How many there are."""
@@ -239,6 +234,47 @@ class Origins:
         if first == len(known) or known[first] != value:
             return 0
         return int(known.searchsorted(value, "right")) - first
+
+
+def save_origins(part: Part, origins: bytes | bytearray) -> None:
+    """Keep what the drafts of a part have in common with identical ones, in ascending order.
+
+    Args:
+        part: which.
+        origins: as its :class:`~dataflow.runtime.identity.Identifier` has them.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    part.folder.mkdir(parents=True, exist_ok=True)
+    temporary = part.origins_path.with_suffix(f".{os.getpid()}.tmp")
+    _in_order(origins).tofile(temporary)
+    temporary.replace(part.origins_path)
+
+
+def find_origins(part: Part, plan: Plan, serving: Serving) -> None:
+    """Plan the rows of a part that another process makes, for what they have in common with others.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    identifier = identifier_of(plan, serving, part.storage)
+    for row in part.storage.iter_rows():
+        _asks_for(plan, identifier, row)
+    save_origins(part, identifier.origins)
+
+
+def _in_order(origins: bytes | bytearray) -> np.ndarray:
+    return np.sort(np.frombuffer(origins, f">u{ORIGIN_BYTES}").astype(np.uint64))
+
+
+def identifier_of(
+    plan: Plan, serving: Serving, storage: FileStorage, earlier: Callable[[bytes], int] | None = None
+) -> Identifier:
+    """Gives the requests of a table, or of a part of one, their identity."""
+    return Identifier(
+        serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest, earlier=earlier
+    )
 
 
 def lines_of_parts(storage: FileStorage) -> int:
@@ -255,7 +291,7 @@ def keep_layout(storage: FileStorage, parts: Sequence[Part], lines: int, *, mixe
     path = journal_folder(storage) / _LAYOUT
     path.parent.mkdir(parents=True, exist_ok=True)
     layout = {"lines": lines, "pieces": [part.storage.piece for part in parts], "mixed": mixed}
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(layout))
     temporary.replace(path)
 

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dataflow.errors import BadRequestError, InputError
-from dataflow.io import ImageIO
-from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Index, Journal
-from dataflow.runtime.parts import Origins, cut, existing_images, is_mixed, lines_of_parts
+from dataflow.runtime.parts import Origins, cut, existing_images, identifier_of, is_mixed, lines_of_parts
 from dataflow.runtime.planner import checked_rows, failure_reason
 from dataflow.runtime.table import journal_folder
 from dataflow.runtime.tally import Tally, add_up, worse
@@ -74,23 +72,25 @@ def survey(plan: Plan, serving: Serving, storage: FileStorage, prospect: Prospec
     """
     parts = cut(plan, serving, storage, lines_of_parts(storage))
     if not parts:
-        return _survey(plan, serving, storage, prospect, _index(serving, storage), None)[0]
+        return _survey(
+            plan, serving, storage, prospect, _index(serving, storage), identifier_of(plan, serving, storage)
+        )
     mixed = is_mixed(storage, parts)
-    index: Index | None = None
-    origins, sums = Origins(), []
+    index = _index(serving, storage) if mixed else None
+    sums, origins = [], Origins()
     for part in parts:
         if part.is_finished(serving.image_io) and part.is_settled(None):
             sums.append(part.summary())
-            origins.add(part.origins_path)
+            origins.add(part)
             if prospect is not None:
                 prospect.requests += part.known["requests"]
             continue
-        index = index if mixed and index else _index(serving, storage if mixed else part.storage)
-        summary, found = _survey(plan, serving, part.storage, prospect, index, origins)
-        sums.append(summary)
-        origins.take(found)
+        identifier = identifier_of(plan, serving, part.storage, origins.count)
+        known = index or _index(serving, part.storage)
+        sums.append(_survey(plan, serving, part.storage, prospect, known, identifier))
+        origins.take(identifier.origins)
     total = add_up(storage.step_name, sums, 0.0)
-    if mixed and index:
+    if index is not None:
         total.usd, total.unpriced = index.usd, index.unpriced
     return total
 
@@ -107,16 +107,9 @@ def _survey(
     storage: FileStorage,
     prospect: Prospect | None,
     index: Index,
-    origins: Origins | None,
-) -> tuple[Summary, bytearray]:
-    """The sum of a table or of a part of one, and what its drafts have in common with others."""
-    identifier = Identifier(
-        serving,
-        plan.seed,
-        resolve=storage.resolve,
-        digest=ImageIO(storage.cache_path).digest,
-        earlier=origins.count if origins else None,
-    )
+    identifier: Identifier,
+) -> Summary:
+    """The sum of a table, or of a part of one."""
     tally = Tally(usd=index.usd, unpriced=index.unpriced)
     for row in checked_rows(plan, storage):
         try:
@@ -144,7 +137,7 @@ def _survey(
                 prospect.requests += 1
                 if state == "pending":
                     prospect.add(requests[-1], serving)
-    return tally.summary(storage.step_name, tally.planned, 0.0), identifier.origins
+    return tally.summary(storage.step_name, tally.planned, 0.0)
 
 
 def _state(index: Index, draft: Draft, key: bytes, before: list[State]) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -103,6 +104,27 @@ def write_joined(plan: Plan, storage: FileStorage, parts: Sequence[FileStorage],
     save_summary(plan, storage, summary, state=state)
 
 
+def written_since(when: float, plan: Plan, storage: FileStorage) -> Summary | None:
+    """The sum of a step that another process ran since then over the table as it is; None if none did.
+
+    Args:
+        when: seconds since 1970, by the file system's clock.
+        plan: the step.
+        storage: at the step.
+    """
+    folder = journal_folder(storage)
+    known = load_summary(folder)
+    if not known or (folder / "summary.json").stat().st_mtime < when:
+        return None
+    same = (known["operator"], known["input"]) == (plan.name, str(storage.input_path))
+    table = storage.output_path
+    if not same or known["output"] != str(table) or known["output_signature"] != signature_of(table):
+        return None
+    if known.get("input_signature") != storage.input_signature():
+        return None
+    return Summary(**{name: known[name] for name in Summary.__slots__ if name != "forecast"})
+
+
 def fold_only(plan: Plan, storage: FileStorage) -> Summary:
     """Run a step that makes nothing (a filter)."""
     started = time.monotonic()
@@ -115,7 +137,7 @@ def fold_only(plan: Plan, storage: FileStorage) -> Summary:
     _write_entries(plan, storage, tally, entries, signature)
     summary = tally.summary(storage.step_name, tally.planned, time.monotonic() - started)
     summary.output = str(storage.output_path)
-    save_summary(plan, storage, summary)
+    save_summary(plan, storage, summary, input_signature=signature)
     return summary
 
 
@@ -134,7 +156,7 @@ def save_summary(plan: Plan, storage: FileStorage, summary: Summary, **facts: ob
         "output_signature": signature_of(storage.output_path),
         **facts,
     }
-    temporary = folder / "summary.json.tmp"
+    temporary = folder / f"summary.json.{os.getpid()}.tmp"
     # Not orjson: a folder's name may be no UTF-8.
     temporary.write_text(json.dumps(body, indent=2, default=_plain))
     temporary.replace(folder / "summary.json")

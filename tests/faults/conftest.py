@@ -72,7 +72,7 @@ class Site:
         """Run in this process; the keyword arguments change the serving."""
         pipe = FakeServing(ImageIO(self.images), **{**self.serving, "log": self.log, **serving})
         operator = PromptedImageEditGenerator if self.task == "edit" else Text2ImageGenerator
-        options = RunOptions(quiet=True, **self.options, **(options or {}))
+        options = RunOptions(quiet=True, **{**self.options, **(options or {})})
         return operator(pipe, seed=seed, options=options).run(FileStorage(str(self.table), str(self.cache)).step())
 
     @property

@@ -102,6 +102,9 @@ def launch(
     changes: dict[str, object] = {"retry": frozenset(retry)} if retry else {}
     if getattr(args, "pilot", None):
         changes["pilot"] = args.pilot
+    share = getattr(args, "share", False)
+    if share:
+        changes["share"] = True
     if args.quiet:
         changes |= {"quiet": True, "progress": False}
     job = configuration.build(config, configuration.run_options(config, **changes))
@@ -111,7 +114,7 @@ def launch(
         check_tables(job, config)
     if not args.quiet:
         _say_which_model(config)
-    with _writable(config.folder), cache_lock(config.folder):
+    with _writable(config.folder), cache_lock(config.folder, shared=share):
         for path, data in (inputs or {}).items():
             write_if_changed(path, data)
         text = configuration.dump(config, config.folder)

@@ -56,11 +56,17 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         metavar="USD",
         help="stop before the calls of a paid service cost more than this, over all runs (default: no limit)",
     )
-    add_pilot(group)
+    add_run_options(group)
 
 
-def add_pilot(group: argparse._ActionsContainer) -> None:
-    """``--pilot``."""
+def add_run_options(group: argparse._ActionsContainer) -> None:
+    """What may be said of one run of a job, and is no part of the job."""
+    group.add_argument(
+        "--share",
+        action="store_true",
+        help="make a long table together with other processes that run the same command with this option, here or on "
+        "machines that see the same folder",
+    )
     group.add_argument(
         "--pilot",
         type=_from_one,

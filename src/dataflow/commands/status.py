@@ -18,6 +18,7 @@ from dataflow.errors import ConfigError, InputError
 from dataflow.runtime.journal import Journal, journal_files
 from dataflow.runtime.lock import is_alive
 from dataflow.runtime.progress import human_bytes, spending
+from dataflow.runtime.sharing import drivers
 from dataflow.runtime.survey import survey
 from dataflow.runtime.table import journal_folder, load_summary
 from dataflow.runtime.tally import SETTLED
@@ -180,7 +181,12 @@ def writer_of(folder: Path) -> dict[str, Any] | None:
 
 
 def owner_of(folder: Path) -> dict[str, Any] | None:
-    """Who took the folder's lock last and did not give it back: process, host and since when."""
+    """Who took the folder's lock last and did not give it back: process, host and since when.
+
+    Of several that share the folder, one, with the number of the others.
+    """
+    if together := drivers(folder):
+        return {**together[0], "others": len(together) - 1}
     try:
         owner = orjson.loads((folder / ".lock.owner").read_bytes())
         return {"pid": int(owner["pid"]), "host": str(owner["host"]), "since": str(owner["since"])}
@@ -202,7 +208,8 @@ def _rows_written(step: StepStatus) -> str:
 def _running(writer: dict[str, Any] | None) -> str:
     if writer is None:
         return "not running"
-    return f"running, process {writer['pid']} on {writer['host']} since {writer['since']}"
+    others = f" and {writer['others']} more" if writer.get("others") else ""
+    return f"running, process {writer['pid']} on {writer['host']} since {writer['since']}{others}"
 
 
 def _described(step: StepStatus) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dataflow.errors import BadRequestError, InputError
+from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Index, Journal
 from dataflow.runtime.parts import Origins, cut, existing_images, identifier_of, is_mixed, lines_of_parts
 from dataflow.runtime.planner import checked_rows, failure_reason

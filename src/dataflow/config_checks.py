@@ -14,6 +14,7 @@ from dataflow.annotations import choices, converted, described, fits, hints_of
 from dataflow.errors import ConfigError
 from dataflow.pipeline import did_you_mean, listed
 from dataflow.places import Place
+from dataflow.remote_files import is_url
 
 _PATHS = frozenset({"first_entry_file_name", "cache_path", "save_path", "hf_cache_dir", "hf_local_dir", "log"}) | {
     "price_table",
@@ -141,7 +142,7 @@ def _located(name: str, value: Any, place: Place) -> Any:
     """The value with absolute paths."""
     if name in _NAMES_OR_PATHS and isinstance(value, list):
         return [_located(name, entry, place) for entry in value]
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or (name == "save_path" and is_url(value)):
         return value
     if name in _NAMES_OR_PATHS:
         beside = any((place.folder / text).exists() for text in (value, value.rpartition("@")[0]) if text)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import BufferedReader, BytesIO
-from pathlib import Path
-from typing import IO, NoReturn
+from io import BytesIO
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,6 +26,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from dataflow.errors import ImageError
+from dataflow.picture_files import refuse
 
 # Pillow warns about odd EXIF and APNG blocks of files that read well. catch_warnings is not thread-safe, a filter is.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(Tiff|Png)ImagePlugin")
@@ -72,34 +71,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-def refuse(reason: str, message: str, path: str | None) -> NoReturn:
-    raise ImageError(message, reason=reason, path=path)
-
-
-def short_path(path: str | os.PathLike[str]) -> str:
-    """The path for messages; a data: URL in the wrong place may be megabytes long."""
-    text = os.fspath(path)
-    return text if len(text) <= 300 else f"{text[:300]}…"
-
-
-def open_file(path: str | os.PathLike[str]) -> BufferedReader:
-    """An ordinary file for reading, or an ImageError: ``missing`` or ``unreadable``."""
-    label = short_path(path)
-    if re.match(r"(https?|s3|gs|hf|data|file):", label):
-        refuse("missing", "is a URL, not a file: download it and give the path", label)
-    try:
-        mode = os.stat(path).st_mode  # noqa: PTH116 - pathlib raises nothing for an embedded NUL
-        if not stat.S_ISREG(mode):  # opening a named pipe would wait for ever
-            refuse("unreadable", "is a folder, not a file" if stat.S_ISDIR(mode) else "is not an ordinary file", label)
-        return Path(path).open("rb")
-    except (FileNotFoundError, NotADirectoryError):
-        refuse("missing", "no such file; is the path right, and relative to the right folder?", label)
-    except PermissionError:
-        refuse("unreadable", "may not be read; check the file's permissions", label)
-    except (OSError, ValueError) as error:
-        refuse("missing", f"cannot be a file's path ({getattr(error, 'strerror', None) or error})", label)
 
 
 def _sniff(head: bytes) -> tuple[str, str]:

@@ -5,6 +5,7 @@ DataflowError
 │   └── MissingExtraError       an optional library is not installed
 ├── InputError                  a table, a row or a file of the user's cannot be used
 │   └── ImageError              bytes that are not one whole, harmless picture
+├── StoreError                  an object store cannot be used now, or not at all; also an OSError
 ├── CacheBusyError              another process writes to this cache folder
 ├── StepError                   a step's table is missing or changed under the run
 ├── ServingError                one batch failed; the class says what the engine should do
@@ -114,6 +115,22 @@ class ImageError(InputError):
     def __init__(self, message: str, *, reason: str, path: str | PathLike[str] | None = None) -> None:
         super().__init__(message, path=path)
         self.reason = reason
+
+
+class StoreError(DataflowError, OSError):
+    """An object store cannot be used.
+
+    Args:
+        errno: EIO where it may be another time, another number where something has to be set right first.
+        message: what is wrong and what to do about it.
+        url: the object or the store.
+    """
+
+    def __init__(self, errno: int, message: str, url: str) -> None:
+        super().__init__(errno, message, url)
+
+    def __str__(self) -> str:
+        return harmless(f"{self.filename}: {self.strerror}")
 
 
 class CacheBusyError(DataflowError):

@@ -10,12 +10,9 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import socket
 import struct
-import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from dataflow import listing, png
+from dataflow import png, remote_files
 from dataflow.decoding import (
     EXIF_ERRORS,
     FORMATS,
@@ -33,22 +30,18 @@ from dataflow.decoding import (
     MAX_PIXELS,
     load_image,
     normalise,
-    open_file,
     open_image,
     orientation_of,
     pillow_errors,
-    refuse,
-    short_path,
 )
 from dataflow.errors import ConfigError, ImageError
+from dataflow.local_files import LocalFiles
+from dataflow.picture_files import open_file, refuse, short_path
+from dataflow.remote_files import RemoteFiles
 from dataflow.types import SavedImage
 
 _SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 _NAME = re.compile(r"[0-9a-f]{32}(_[0-9]+)?")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}(?:_[0-9]+)?\.([0-9]{1,9})\.([0-9a-f]{8})[0-9a-f]{8}\.tmp")
-_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-_OLD_SECONDS = 24 * 3600
-"""What a process on another machine has not finished for so long it will not finish."""
 
 _NOTE = b"dataflow\0"
 _EXIF_IFD, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
@@ -58,17 +51,24 @@ _MAX_JPEG_EXIF = 65_533
 
 
 class ImageIO:
-    """A folder of generated images, and the reader for every image that goes into a model.
+    """A folder of generated images, or a place in an object store; and the reader for every image a model is shown.
 
     Constructing it touches no file; it pickles, and every method may be called from several threads.
 
     Args:
-        save_path: the folder; created with the first image. A relative one stays relative in the rows.
+        save_path: the folder; created with the first image. A relative one stays relative in the rows. Or the URL of a
+            place in an object store (``s3://bucket/prefix``, ``gs://…``, ``az://…``), which then stands in the rows;
+            ``file:///folder`` is a folder with URLs in the rows.
         format: ``png`` (lossless), ``webp`` (lossless, 4 times faster to write) or ``jpeg``.
         quality: of JPEG files, 1 to 100; colour is never subsampled.
         durable: make every image survive a power cut before :meth:`save` returns (fsync, about 0.5 ms).
         max_pixels: pictures with more are refused, before they are decoded.
         max_bytes: largest reply of a service that is looked at. Files on disk may have 1 GiB.
+        read_from: further object stores whose pictures rows may name: ``s3://bucket/prefix``, or ``s3://`` for all of
+            that kind. What a row names in any other is not opened, and web addresses never are.
+
+    Attributes:
+        save_path: the folder; the URL of another place.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -83,6 +83,7 @@ class ImageIO:
         durable: bool = True,
         max_pixels: int = MAX_PIXELS,
         max_bytes: int = 64 * 2**20,
+        read_from: Sequence[str] = (),
     ) -> None:
         if format not in _SUFFIXES:
             raise ConfigError(f"ImageIO(format={format!r}): choose one of {', '.join(_SUFFIXES)}")
@@ -94,17 +95,23 @@ class ImageIO:
             raise ConfigError(f"ImageIO(max_bytes={max_bytes!r}): must be positive")
         if not os.fspath(save_path):
             raise ConfigError("ImageIO(save_path=''): name the folder for the images")
-        self._given = os.path.expanduser(os.fspath(save_path))  # noqa: PTH111 - pathlib would drop a leading "./"
-        self.save_path = Path(self._given)
         self.format = format
         self.quality = quality
         self.durable = durable
         self.max_pixels = max_pixels
         self.max_bytes = max_bytes
+        self.read_from = (read_from,) if isinstance(read_from, str) else tuple(read_from)
+        remote_files.allow(*self.read_from)
+        self._files, self.save_path = _place(os.fspath(save_path), durable=durable)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        own = [self.save_path] if isinstance(self.save_path, str) else []
+        remote_files.allow(*own, *self.read_from)
 
     def path(self, name: str) -> str:
         """What stands in a row for the file ``name`` (as in :attr:`SavedImage.name`): ``save_path`` as given + name."""
-        return os.path.join(self._given, name)  # noqa: PTH118 - keeps "./" as the user wrote it
+        return self._files.path(name)
 
     # Reading
 
@@ -206,46 +213,30 @@ class ImageIO:
         """The image of that name if it is there, whole and decodable, in this store's format or else in another."""
         stem = self._stem(name)
         for suffix in dict.fromkeys((_SUFFIXES[self.format], *_SUFFIXES.values())):
-            relative = stem + suffix
-            file = self.save_path / relative
-            try:
-                data = file.read_bytes()
-                picture = load_image(BytesIO(data), None, FROM_SERVICES, self.max_pixels)
-                if self.durable:
-                    _sync(file)
-                    _sync(file.parent)
-            except (OSError, ImageError):
+            data = self._files.get(stem + suffix)
+            if data is None:
                 continue
-            return _saved(data, relative, picture)
+            try:
+                picture = load_image(BytesIO(data), None, FROM_SERVICES, self.max_pixels)
+            except ImageError:
+                continue
+            return _saved(data, stem + suffix, picture)
         return None
 
     def existing(self) -> Iterator[tuple[str, int]]:
         """File name relative to ``save_path`` and bytes of every image, unopened, in no particular order."""
-        return listing.images(str(self.save_path))
+        return self._files.existing()
 
     def sizes(self, names: Iterable[str]) -> Iterator[tuple[str, int]]:
         """Those of the files that exist, as :meth:`existing` gives them."""
-        for name in names:
-            try:
-                size = os.stat(os.path.join(self.save_path, name)).st_size  # noqa: PTH116, PTH118 - called for millions
-            except OSError:
-                continue
-            yield name, size
+        return self._files.sizes(names)
 
     def sweep(self) -> int:
         """Remove what killed runs left half-written; returns how many files.
 
         What a living process is writing stays, on this machine or another: caches may share a folder of images.
         """
-        removed = 0
-        for folder in listing.folders(str(self.save_path)):
-            for name in os.listdir(self.save_path / folder):
-                if name.endswith(".tmp") and (match := _TEMPORARY.fullmatch(name)):
-                    path = self.save_path / folder / name
-                    if not _is_alive(int(match[1])) if match[2] == _HOST else _is_old(path):
-                        path.unlink(missing_ok=True)
-                        removed += 1
-        return removed
+        return self._files.sweep()
 
     def _stem(self, name: str) -> str:
         if not _NAME.fullmatch(name):
@@ -281,57 +272,23 @@ class ImageIO:
         return buffer.getvalue()
 
     def _publish(self, data: bytes, relative: str) -> None:
-        target = self.save_path / relative
-        folder = target.parent
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.durable:
-                _sync(self.save_path)
-        temporary = folder / f".{target.stem}.{os.getpid()}.{_HOST}{secrets.token_hex(4)}.tmp"
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                if self.durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        if self.durable:
-            _sync(folder)
+        self._files.put(relative, data)
 
 
-def _is_old(path: Path) -> bool:
-    try:
-        return time.time() - path.stat().st_mtime > _OLD_SECONDS
-    except FileNotFoundError:
-        return False
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _place(given: str, *, durable: bool) -> tuple[LocalFiles | RemoteFiles, Path | str]:
+    """What keeps the images of a place, and the place as a path or a URL."""
+    if not remote_files.is_url(given):
+        shown = os.path.expanduser(given)  # noqa: PTH111 - pathlib would drop a leading "./"
+        return LocalFiles(Path(shown), shown, durable=durable), Path(shown)
+    url = given.rstrip("/")
+    remote_files.allow(url)
+    folder = remote_files.local_path(url)
+    return (RemoteFiles(url) if folder is None else LocalFiles(Path(folder), url, durable=durable)), url
 
 
 def _saved(data: bytes, relative: str, image: Image.Image) -> SavedImage:
     digest = hashlib.sha256(data).hexdigest()
     return SavedImage(name=relative, sha256=digest, bytes=len(data), width=image.width, height=image.height)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":  # pragma: no cover - Windows opens no folders and syncs no file that is open for reading
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Metadata

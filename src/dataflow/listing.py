@@ -40,6 +40,15 @@ def images(root: str) -> Iterator[tuple[str, int]]:
     return _from(child, root)
 
 
+def images_in(root: str, folder: str) -> Iterator[tuple[str, int]]:
+    """Those in one folder.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return _images(root, [folder])
+
+
 def _from(child: subprocess.Popen[bytes], root: str) -> Iterator[tuple[str, int]]:
     assert child.stdout is not None
     with child, child.stdout as lines:

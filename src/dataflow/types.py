@@ -210,9 +210,13 @@ def job_named_at(name: str) -> float:
 
 
 class ImageStore(Protocol):
-    """Where images are kept; :class:`dataflow.io.ImageIO` is the one in the package."""
+    """Where images are kept; :class:`dataflow.io.ImageIO` is the one in the package.
 
-    save_path: Path
+    Attributes:
+        save_path: a folder, or the URL of another place.
+    """
+
+    save_path: Path | str
 
     def path(self, name: str) -> str:
         """What stands in a row for the file ``name`` (relative to the store)."""

@@ -121,7 +121,8 @@ def launch(
         write_if_changed(config.folder / JOB_FILE, (_HEADER + text).encode())
     summaries = job.pipeline.run(job.storage, job.options, first=first, last=last)
     if not args.quiet:
-        print(f"  images: {shown(job.images.save_path)}", file=sys.stderr)
+        place = job.images.save_path
+        print(f"  images: {place if isinstance(place, str) else shown(place)}", file=sys.stderr)
     return summaries
 
 

@@ -19,6 +19,8 @@ from dataflow.commands.options import DEFAULT_FOLDER
 from dataflow.config import Job
 from dataflow.errors import InputError
 from dataflow.io import ImageIO
+from dataflow.picture_files import status
+from dataflow.remote_files import is_url
 from dataflow.types import GenerationRequest, Serving
 
 _FACTS = frozenset(
@@ -35,7 +37,7 @@ def replay(args: argparse.Namespace) -> int:
     named = Path(args.request_id)
     folder = Path(args.cache) if args.cache else _folder_of(named)
     job = configuration.build(load_job(folder))
-    original = named if named.is_file() else _find(job.images, args.request_id)
+    original = args.request_id if status(args.request_id) else _find(job.images, args.request_id)
     facts = job.images.read_metadata(original)
     if "request_id" not in facts or facts.get("metadata_truncated"):
         what = "its prompt was too long for this format" if facts else "it was not made by dataflow"
@@ -43,13 +45,14 @@ def replay(args: argparse.Namespace) -> int:
     request = _request(job.images, facts, original)
     serving = _serving(job, request, {key: value for key, value in facts.items() if key not in _FACTS})
     made = _make(serving, request)
-    store = ImageIO(folder / "replay", job.images.format, quality=job.images.quality, max_pixels=job.images.max_pixels)
-    saved = store.save(made, request.request_id, {**facts, "replay_of": str(original)})
-    copy = store.save_path / saved.name
-    beside = store.save_path / copy.name
+    place = folder / "replay"
+    store = ImageIO(place, job.images.format, quality=job.images.quality, max_pixels=job.images.max_pixels)
+    saved = store.save(made, request.request_id, {**facts, "replay_of": original})
+    copy = place / saved.name
+    beside = place / copy.name
     copy.replace(beside)
     copy.parent.rmdir()
-    print(f"original: {shown(original)}\nreplay:   {shown(beside)}")
+    print(f"original: {original if is_url(original) else shown(Path(original))}\nreplay:   {shown(beside)}")
     return _compare(job.images, original, beside, args.tolerance)
 
 
@@ -61,17 +64,17 @@ def _folder_of(image: Path) -> Path:
     return Path(DEFAULT_FOLDER)
 
 
-def _find(images: ImageIO, prefix: str) -> Path:
+def _find(images: ImageIO, prefix: str) -> str:
     found = sorted(name for name, _ in images.existing() if name[3:].startswith(prefix.lower()))
     if not found:
         raise InputError(f"there is no image whose id begins with {prefix!r}", path=images.save_path)
     if len(found) > 1:
         ids = ", ".join(Path(name).stem for name in found[:3])
         raise InputError(f"{len(found)} images have an id that begins with {prefix!r}: {ids}, …", path=images.save_path)
-    return images.save_path / found[0]
+    return images.path(found[0])
 
 
-def _request(images: ImageIO, facts: Mapping[str, Any], original: Path) -> GenerationRequest:
+def _request(images: ImageIO, facts: Mapping[str, Any], original: str) -> GenerationRequest:
     hashes = facts.get("image_hashes", ())
     if not re.fullmatch(r"[0-9a-f]{32}", str(facts["request_id"])):
         raise InputError(f"its request id is none: {facts['request_id']!r}", path=original)
@@ -129,7 +132,7 @@ def _make(serving: Serving, request: GenerationRequest) -> Image.Image | bytes:
     return bytes(image) if isinstance(image, memoryview) else image
 
 
-def _compare(images: ImageIO, original: Path, again: Path, tolerance: float) -> int:
+def _compare(images: ImageIO, original: str, again: Path, tolerance: float) -> int:
     before, after = images.read(original), images.read(again)
     if before.size != after.size:
         print(f"different: {before.width} × {before.height} before, {after.width} × {after.height} now")

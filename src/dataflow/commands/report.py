@@ -20,6 +20,7 @@ def report(args: argparse.Namespace) -> int:
         thumbnail_quality=args.thumbnail_quality,
         workers=args.workers,
         prompt_column=args.prompt_column,
+        copy_originals=args.copy_originals,
     )
     made = write_report(folders, output, options)
     if not args.quiet:

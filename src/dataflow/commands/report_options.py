@@ -41,5 +41,10 @@ def add_report(add: Any) -> None:
         help="that make them (default: one per core, 8 at most)",
     )
     command.add_argument(
+        "--copy-originals",
+        action="store_true",
+        help="copy pictures that are in packs or object stores into the report, so that the page can open them",
+    )
+    command.add_argument(
         "--prompt-column", default="", metavar="NAME", help="column with the prompt (default: what the steps say)"
     )

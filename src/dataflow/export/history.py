@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflow import operators
+from dataflow.remote_files import allow_stores
 from dataflow.runtime.table import load_summary
 
 _JOB = "job.toml"
@@ -60,6 +61,7 @@ def history_of(table: Path) -> History:
         return History()
     prefix, last = found[1], int(found[2])
     job = _job(table.parent / _JOB)
+    allow_stores(job.get("images"))
     told = job.get("step")
     steps = told if isinstance(told, list) else []
     storage = job.get("storage") if isinstance(job.get("storage"), dict) else {}

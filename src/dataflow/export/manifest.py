@@ -16,8 +16,10 @@ from dataflow.export.arrow import arrow_type, cell, table
 from dataflow.export.files import Layout, chunks, publish, sync, sync_file, write_whole
 from dataflow.export.kinds import TEXT, Kind
 from dataflow.export.samples import Picture, Ready, rendered
-from dataflow.export.tar import TarFile
 from dataflow.export.webdataset import member_names
+from dataflow.picture_files import is_loose
+from dataflow.remote_files import is_url
+from dataflow.tar import TarFile
 from dataflow.utils.exact_json import dumps, loads
 from dataflow.utils.parquet import libraries
 
@@ -60,6 +62,13 @@ def addresses(output: Path, base_url: str | None, root: Path) -> Callable[[Pictu
     """
 
     def of(picture: Picture) -> str:
+        if is_url(picture.path):
+            return picture.path
+        if not is_loose(picture.path):
+            raise ConfigError(
+                f"export: {picture.path} is in a pack, so that no path leads to it: give copy_images, or put the "
+                "images back first with `dataflow unpack`"
+            )
         if base_url is None:
             return Path(os.path.relpath(picture.path, output)).as_posix()
         below = Path(os.path.relpath(picture.path, root)).as_posix()

@@ -20,18 +20,17 @@ from dataflow.decoding import (
     MAX_PIXELS,
     load_image,
     normalise,
-    open_file,
     open_image,
     orientation_of,
     pillow_errors,
-    refuse,
-    short_path,
 )
 from dataflow.errors import ImageError
 from dataflow.export.buckets import bucket_for, bucket_sizes
 from dataflow.export.options import ExportOptions
 from dataflow.export.samples import Picture
 from dataflow.io import ImageIO
+from dataflow.picture_files import open_file, refuse, short_path, status
+from dataflow.remote_files import is_url
 
 _SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif", "AVIF": "avif"}
 _OF_ENCODING = {"jpeg": "jpg", "webp": "webp", "png": "png"}
@@ -59,15 +58,11 @@ class PictureReader:
         )
 
     def resolve(self, path: str) -> str:
-        """The absolute path of a file that a row names; the first folder's where it is in none."""
-        tried = [folder / path for folder in self._folders]
-        for each in tried:
-            try:
-                if each.exists():
-                    return str(each)
-            except (OSError, ValueError):  # too long, or with a NUL character: reading it says so
-                break
-        return str(tried[0])
+        """The absolute path of a file that a row names, the first folder's where it is in none; a URL as it is."""
+        if is_url(path):
+            return path
+        tried = [str(folder / path) for folder in self._folders]
+        return next((each for each in tried if status(each) is not None), tried[0])
 
     def digest(self, path: str) -> str:
         """SHA-256 of a file's bytes. Raises ImageError if it cannot be read."""
@@ -97,7 +92,8 @@ class PictureReader:
         label = short_path(path)
         with open_file(path) as file:
             try:
-                size = os.fstat(file.fileno()).st_size
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
                 data = file.read() if size <= MAX_FILE_BYTES else b""
             except OSError as error:  # pragma: no cover - a failing disk
                 raise ImageError(f"cannot be read: {error.strerror}", reason="unreadable", path=label) from error

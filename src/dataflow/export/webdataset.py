@@ -8,7 +8,7 @@ from typing import Any
 
 from dataflow.export.files import Layout, publish
 from dataflow.export.samples import Ready, rendered
-from dataflow.export.tar import TarFile
+from dataflow.tar import TarFile
 from dataflow.utils.exact_json import dumps
 
 

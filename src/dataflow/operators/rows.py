@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dataflow.errors import InputError
+from dataflow.remote_files import names_store
 from dataflow.types import Outcome, Row
 
 USER_ROLES = frozenset({"user", "human"})
@@ -66,7 +67,7 @@ def image_paths(row: Row, column: str) -> tuple[str, ...]:
             raise InputError(f"expected an image path, found {_kind(path)}", field=column)
         if path and "\0" in path:
             raise InputError("the image path holds a NUL character", field=column)
-        if path and _URL.match(path):
+        if path and _URL.match(path) and not names_store(path):
             shown = path if len(path) <= 60 else path[:57] + "..."
             raise InputError(f"{shown} is a URL, not a file: download it and give the path", field=column)
     found = tuple(path for path in paths if path)

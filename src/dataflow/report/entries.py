@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataflow.errors import ImageError
+from dataflow.picture_files import status
+from dataflow.remote_files import is_url
 from dataflow.report.runs import Run
 from dataflow.scores import values_at
 from dataflow.types import Row
@@ -128,16 +131,22 @@ def scalars(kind: str, name: str, value: object) -> dict[tuple[str, str], Value 
     return {(kind, name): value[:_MOST_TEXT]} if isinstance(value, str) else {}
 
 
-def find_picture(run: Run, path: str) -> Path | None:
-    """Where a row's picture is now: where the row says, or in the folder's own store if that was moved."""
+def find_picture(run: Run, path: str) -> str | None:
+    """Where a row's picture is now: where the row says, or in the folder's own store if that was moved.
+
+    Returns:
+        An absolute path, loose or packed, or a URL; None if it is nowhere.
+    """
+    if is_url(path):
+        return path  # reading it tells
     given = Path(path)
     tail = Path(*given.parts[-2:])
     places = [given, *(folder / part for folder in run.images for part in (tail, given))]
-    return next((place.absolute() for place in places if _is_file(place)), None)
+    return next((str(place.absolute()) for place in places if _is_there(place)), None)
 
 
-def _is_file(path: Path) -> bool:
+def _is_there(path: Path) -> bool:
     try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file system takes
-        return False
+        return status(path) is not None
+    except ImageError:
+        return True  # in a pack that cannot be read: reading it says so

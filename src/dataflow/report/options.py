@@ -19,6 +19,8 @@ class ReportOptions:
         workers: processes that make them; 0 for one per core, eight at most.
         prompt_column: column with the prompt; empty for the one that the run's own steps name or imply.
         text_limit: characters of a row's own texts that the page shows of one cell, from 100.
+        copy_originals: copy pictures that are in packs or object stores into the report's folder, so that the page
+            opens them; else it shows their small ones. Pictures that are files of their own are linked, never copied.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -30,6 +32,7 @@ class ReportOptions:
     workers: int = 0
     prompt_column: str = ""
     text_limit: int = 4000
+    copy_originals: bool = False
 
     def __post_init__(self) -> None:
         for name, least, most in (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflow.errors import ConfigError, InputError
+from dataflow.remote_files import allow_stores, is_url
 from dataflow.runtime.table import load_summary
 from dataflow.types import BadRow, Row
 from dataflow.utils.storage import FileStorage
@@ -205,8 +206,9 @@ def _job(folder: Path) -> Mapping[str, Any]:
 
 def _image_folders(folder: Path, job: Mapping[str, Any]) -> list[Path]:
     images = job.get("images")
+    allow_stores(images)
     given = images.get("save_path") if isinstance(images, Mapping) else None
-    named = [folder / given] if isinstance(given, str) else []
+    named = [folder / given] if isinstance(given, str) and not is_url(given) else []
     return [*named, folder / "images", folder.parent / "images", folder]
 
 

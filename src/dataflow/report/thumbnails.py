@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from dataflow.errors import ImageError
 from dataflow.io import ImageIO
+from dataflow.picture_files import status
 
 _MOST_PROVENANCE = 20_000
 # Not "-m", which would be another module than this one; and no module of the folder that somebody happens to be in.
@@ -57,13 +57,14 @@ class Look:
     quality: int
 
 
-def thumbnail(path: Path, look: Look) -> Thumbnail:
-    """The thumbnail of one file; a file that is no whole picture gives one with a problem."""
+def thumbnail(path: str | os.PathLike[str], look: Look) -> Thumbnail:
+    """The thumbnail of one picture; a file that is no whole picture gives one with a problem."""
     reader = ImageIO(os.curdir)
     try:
         image = reader.read(path)
         facts = reader.read_metadata(path)
-        size = path.stat().st_size
+        found = status(path)
+        size = found.size if found else 0
     except ImageError as error:
         return Thumbnail(problem=(error.reason, error.message))
     except (OSError, ValueError) as error:  # ValueError: a name that no file system takes
@@ -102,7 +103,7 @@ class Makers:
         for _ in range(processes):
             self._idle.put(None)
 
-    def submit(self, paths: Sequence[Path]) -> Future[list[Thumbnail]]:
+    def submit(self, paths: Sequence[str | os.PathLike[str]]) -> Future[list[Thumbnail]]:
         """The thumbnails of some files, to come."""
         return self._threads.submit(self._remotely if self._processes else self._here, paths)
 
@@ -117,10 +118,10 @@ class Makers:
             process.wait()
             process.stdout.close()
 
-    def _here(self, paths: Sequence[Path]) -> list[Thumbnail]:
+    def _here(self, paths: Sequence[str | os.PathLike[str]]) -> list[Thumbnail]:
         return [thumbnail(path, self._look) for path in paths]
 
-    def _remotely(self, paths: Sequence[Path]) -> list[Thumbnail]:
+    def _remotely(self, paths: Sequence[str | os.PathLike[str]]) -> list[Thumbnail]:
         process = self._idle.get()
         try:
             if process is None:
@@ -147,6 +148,6 @@ def work() -> None:
     """Make what is ordered on standard input, a line at a time; what a process of :class:`Makers` does."""
     for line in sys.stdin.buffer:
         size, quality, *paths = json.loads(line)
-        made = [asdict(thumbnail(Path(path), Look(size, quality))) for path in paths]
+        made = [asdict(thumbnail(path, Look(size, quality))) for path in paths]
         sys.stdout.buffer.write(json.dumps(made, default=str).encode("ascii") + b"\n")
         sys.stdout.buffer.flush()

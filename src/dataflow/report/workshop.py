@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
+from dataflow.errors import ImageError
+from dataflow.picture_files import status
 from dataflow.report.entries import picture_key
 from dataflow.report.scripts import call, payload
 from dataflow.report.thumbnails import Look, Makers, Thumbnail
@@ -60,7 +62,7 @@ class Workshop:
         for shelf in (*self._earlier, self._shelf):
             shelf.close()
 
-    def made(self, paths: Iterable[Path | None]) -> Iterator[Thumbnail | None]:
+    def made(self, paths: Iterable[str | None]) -> Iterator[Thumbnail | None]:
         """The thumbnails of files, in order; None for None. Writes a script for each sixteen of them."""
         waiting: deque[tuple[Sequence[bytes | None], _Made]] = deque()
         number = 0
@@ -74,7 +76,7 @@ class Workshop:
             yield from self._finish(number, *waiting.popleft())
             number += 1
 
-    def _order(self, group: Sequence[Path | None], keys: Sequence[bytes | None]) -> _Made:
+    def _order(self, group: Sequence[str | None], keys: Sequence[bytes | None]) -> _Made:
         found: list[Thumbnail | None] = [None if key is None else self._take_over(key) for key in keys]
         missing = [at for at, path in enumerate(group) if path is not None and found[at] is None]
         task: Future[list[Thumbnail]] | None = None
@@ -165,18 +167,20 @@ class Shelf:
         self._connection.close()
 
 
-def file_key(path: Path, look: Look) -> bytes | None:
-    """What changes when the file or the look of thumbnails does; None where there is no file."""
+def file_key(path: str, look: Look) -> bytes | None:
+    """What changes when the picture or the look of thumbnails does; None where there is no picture."""
     try:
-        status = path.stat()
-    except (OSError, ValueError):  # ValueError: a name that no file system takes
+        found = status(path)
+    except ImageError:
         return None
-    facts = f"{_VERSION}\0{picture_key(str(path))}\0{status.st_size}\0{status.st_mtime_ns}\0{look.size}\0{look.quality}"
+    if found is None:
+        return None
+    facts = f"{_VERSION}\0{picture_key(path)}\0{found.size}\0{found.version}\0{look.size}\0{look.quality}"
     return hashlib.blake2b(facts.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def _groups(items: Iterable[Path | None], size: int) -> Iterator[list[Path | None]]:
-    group: list[Path | None] = []
+def _groups(items: Iterable[str | None], size: int) -> Iterator[list[str | None]]:
+    group: list[str | None] = []
     for item in items:
         group.append(item)
         if len(group) == size:

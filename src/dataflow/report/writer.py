@@ -21,7 +21,9 @@ from urllib.parse import quote
 import numpy as np
 
 from dataflow import __version__
-from dataflow.errors import InputError, StepError
+from dataflow.errors import ImageError, InputError, StepError
+from dataflow.picture_files import is_loose, read_bytes
+from dataflow.remote_files import is_url
 from dataflow.report.columns import Columns
 from dataflow.report.entries import Entry, digest_of, find_picture, picture_key, unscored
 from dataflow.report.options import ReportOptions, ReportSummary
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 MARK = "dataflow-report.json"
 SCORED = "scored.jsonl"
+ORIGINALS = "originals"
 PER_TILES, PER_DETAILS = 256, 64
 _CAPTION = 220
 _SAMPLES = 24
@@ -113,14 +116,14 @@ class _Writer:
         expected = sum(int(step.summary.get("images") or 0) for run in self.runs for step in run.steps)
         look = Look(self.options.thumbnail_size, self.options.thumbnail_quality)
         scores = dict.fromkeys(name for reader in self._readers for name in reader.scores)
-        ahead: deque[tuple[int, Entry, Path | None]] = deque()
+        ahead: deque[tuple[int, Entry, str | None]] = deque()
 
-        def paths() -> Iterator[Path | None]:
+        def paths() -> Iterator[str | None]:
             for number, entry in self._all():
                 place = None if entry.path is None else find_picture(self.runs[number], entry.path)
                 ahead.append((number, entry, place))
                 # A path that leads nowhere goes on as it is: why there is no picture is the thumbnail's to say.
-                yield place if place or entry.path is None else Path(entry.path)
+                yield place or entry.path
 
         with (
             (self.folder / SCORED).open("w", encoding="ascii") as scored,
@@ -149,7 +152,7 @@ class _Writer:
 
     # Entries
 
-    def _add(self, number: int, entry: Entry, place: Path | None, made: Thumbnail | None) -> None:
+    def _add(self, number: int, entry: Entry, place: str | None, made: Thumbnail | None) -> None:
         at = self.count
         self.count += 1
         run = self.runs[number]
@@ -218,7 +221,7 @@ class _Writer:
         self,
         number: int,
         entry: Entry,
-        place: Path | None,
+        place: str | None,
         made: Thumbnail | None,
         prompt: str,
         seconds: float | None,
@@ -247,6 +250,7 @@ class _Writer:
             "prompt": prompt,
             "path": entry.path,
             "link": self._link(place),
+            "where": _where(place),
             "size": [made.width, made.height, made.bytes] if made and not made.problem else None,
             "problem": list(made.problem) if made and made.problem else None,
             "seconds": seconds,
@@ -266,14 +270,29 @@ class _Writer:
         place = find_picture(self.runs[number], path)
         return [self._numbers.get((number, digest_of(path))), self._link(place), path]
 
-    def _link(self, place: Path | None) -> str | None:
+    def _link(self, place: str | None) -> str | None:
+        """Where the page finds the picture itself; None for one that is no file, unless copies were asked for."""
         if place is None:
             return None
+        if not is_loose(place):
+            return self._copied(place) if self.options.copy_originals else None
         try:
             relative = os.path.relpath(place, self.target)
         except ValueError:  # pragma: no cover - another drive of Windows
-            return place.as_uri()
+            return Path(place).as_uri()
         return quote(relative.replace(os.sep, "/"), safe="/", errors="surrogateescape")
+
+    def _copied(self, place: str) -> str | None:
+        name = f"{ORIGINALS}/{_digest(place).hex()}{Path(place).suffix}"
+        copy = self.folder / name
+        if not copy.exists():
+            try:
+                data = read_bytes(place)
+            except ImageError:
+                return None  # why, the thumbnail says
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(data)
+        return name
 
     def _sample(self, number: int, entry: Entry, at: int) -> None:
         """A few kept pictures for the first screen, drawn by their ids: the same ones every time."""
@@ -375,6 +394,13 @@ def _step_name(run: Run, number: int) -> str:
 
 def _is_id(value: object) -> bool:
     return isinstance(value, str) and len(value) == 32 and value.isalnum()
+
+
+def _where(place: str | None) -> str:
+    """Why a picture that is there is no file to be opened."""
+    if place is None or is_loose(place):
+        return ""
+    return "in an object store" if is_url(place) else "in a pack"
 
 
 def _digest(text: str) -> bytes:

@@ -50,7 +50,7 @@ class Identifier:
     Args:
         serving: asked once for its fingerprint and default parameters.
         run_seed: mixed into every derived seed.
-        resolve: absolute path of an image path as it stands in a row.
+        resolve: absolute path, or URL, of an image as a row names it.
         digest: sha256 (hex) of a file's bytes.
         earlier: for a part of a table, how many identical drafts the parts before it have.
 
@@ -63,8 +63,8 @@ class Identifier:
         serving: Serving,
         run_seed: int,
         *,
-        resolve: Callable[[str], Path],
-        digest: Callable[[Path], str],
+        resolve: Callable[[str], Path | str],
+        digest: Callable[[Path | str], str],
         earlier: Callable[[bytes], int] | None = None,
     ) -> None:
         self.fingerprint = dict(serving.fingerprint())

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 from array import array
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from dataflow.errors import BadRequestError, ImageError, InputError
 from dataflow.io import ImageIO
+from dataflow.picture_files import absolute
 from dataflow.runtime.identity import ID_BYTES, Identifier
 from dataflow.runtime.journal import Ending, Index, Journal, done_record, ending_record
 from dataflow.runtime.tally import Tally, worse
@@ -382,7 +383,7 @@ def checked_rows(plan: Plan, storage: FileStorage) -> Iterator[Row | BadRow]:
 def _facts_in(store: ImageStore, found: SavedImage) -> Mapping[str, Any]:
     """What the file says of itself."""
     try:
-        return ImageIO(store.save_path).read_metadata(store.save_path / found.name)
+        return ImageIO(os.curdir).read_metadata(store.path(found.name))
     except ImageError:
         return {}
 
@@ -400,7 +401,7 @@ def _status(ending: Ending) -> Status:
 
 def _next_turn(request: GenerationRequest, parent: GenerationRequest, answer: str) -> GenerationRequest:
     """The request of a further turn, with the image of the turn before it."""
-    turn = Turn(prompt=parent.prompt, images=parent.images, answer=str(Path(answer).absolute()))
+    turn = Turn(prompt=parent.prompt, images=parent.images, answer=absolute(answer))
     return replace(request, images=(turn.answer, *request.images), turns=(*parent.turns, turn))
 
 

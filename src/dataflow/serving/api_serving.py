@@ -12,7 +12,6 @@ import math
 import os
 import time
 from collections.abc import Awaitable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from dataflow.errors import (
@@ -350,18 +349,6 @@ class ApiServing(Serving):
 
     def _clean(self, text: str) -> str:
         return api_errors.redact(text, [self._key])
-
-
-def input_bytes(path: str) -> bytes:
-    """An input image as it lies on disk.
-
-    Raises:
-        BadRequestError: it cannot be read (``reason`` is ``bad_image``).
-    """
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadRequestError(f"input image {path}: {error}", reason="bad_image") from error
 
 
 def _endpoints(urls: str | Sequence[str], keys: str | Sequence[str], own_path: str) -> tuple[Endpoint, ...]:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dataflow.errors import BadRequestError
-from dataflow.serving.api_serving import ApiServing, input_bytes
+from dataflow.serving.api_serving import ApiServing
 from dataflow.serving.chat_replies import ChatStream, chat_reply
 from dataflow.serving.openai_batches import OpenAIBatches
 from dataflow.serving.openai_client import answer, connect, translated_errors
+from dataflow.serving.pictures import input_bytes
 from dataflow.serving.replies import Reply, counted
 from dataflow.serving.reply_images import data_url
 from dataflow.types import GenerationRequest, ImageStore

@@ -25,6 +25,7 @@ from dataflow.errors import (
     RefusedError,
     RetryError,
 )
+from dataflow.picture_files import read_bytes
 from dataflow.types import GenerationRequest, GenerationResult, ImageStore, Serving
 
 FAULTS = (
@@ -177,7 +178,7 @@ def paint(request: GenerationRequest, size: tuple[int, int]) -> Image.Image:
     """The picture of a request: an 8 × 8 pattern of coloured tiles, RGB, ``size`` = (width, height)."""
     digest = hashlib.sha256(f"{request.seed}\n{request.prompt}".encode("utf-8", "surrogatepass"))
     for path in request.images:
-        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+        digest.update(hashlib.sha256(read_bytes(path)).digest())
     rng = np.random.default_rng(int.from_bytes(digest.digest()[:8]))
     tiles = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(tiles).resize(size, Image.Resampling.NEAREST)

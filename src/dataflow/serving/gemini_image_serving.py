@@ -7,16 +7,16 @@ import base64
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 from dataflow.errors import BadRequestError, ConfigError, ImageError, MissingExtraError
 from dataflow.io import ImageIO
-from dataflow.serving.api_serving import ApiServing, input_bytes
+from dataflow.serving.api_serving import ApiServing
 from dataflow.serving.gemini_batches import GeminiBatches
 from dataflow.serving.gemini_client import API_VERSION, GeminiClient
 from dataflow.serving.gemini_replies import GeminiStream, gemini_reply
 from dataflow.serving.model_limits import limits_of
+from dataflow.serving.pictures import input_bytes
 from dataflow.serving.replies import Reply, counted
 from dataflow.serving.reply_images import media_type
 from dataflow.types import GenerationRequest, ImageStore
@@ -290,7 +290,7 @@ def _answered(path: str, maker: Mapping[str, Any]) -> list[dict[str, Any]] | Non
     """The parts of an earlier answer as this model gave them; None if its file does not say."""
     image = _shown(path)
     try:
-        metadata = ImageIO(Path(path).parent).read_metadata(path)
+        metadata = ImageIO(os.curdir).read_metadata(path)
     except ImageError as error:
         raise BadRequestError(f"input image {path}: {error}", reason="bad_image") from error
     provenance = metadata.get("provenance")

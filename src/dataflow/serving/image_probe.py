@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dataflow.errors import BadRequestError
+from dataflow.errors import ServingError
 from dataflow.metrics import hashing, pixels
-from dataflow.serving.pictures import read_picture
+from dataflow.serving.pictures import input_bytes, read_picture
 from dataflow.serving.scoring import Scored, ScoringServing
 from dataflow.types import GenerationRequest
 
@@ -61,10 +61,11 @@ class ImageProbeServing(ScoringServing):
         path = request.images[0]
         try:
             picture = read_picture(path)
-            with Image.open(path) as file:
-                kind, mode = file.format, file.mode
-        except BadRequestError as error:
+            data = input_bytes(path)
+        except ServingError as error:
             return error
+        with Image.open(BytesIO(data)) as image:
+            kind, mode = image.format, image.mode
         found = asdict(pixels.measure(np.asarray(picture)))
         exposure = found.pop("exposure")
         return {
@@ -72,7 +73,7 @@ class ImageProbeServing(ScoringServing):
             "height": picture.height,
             "format": kind,
             "mode": mode,
-            "bytes": Path(path).stat().st_size,
+            "bytes": len(data),
             "sha256": request.image_hashes[0] if request.image_hashes else None,
             "phash": f"{hashing.phash(picture):016x}",
             "dhash": f"{hashing.dhash(picture):016x}",

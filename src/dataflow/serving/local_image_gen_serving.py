@@ -28,6 +28,7 @@ from dataflow.errors import (
     FatalServingError,
     ImageError,
     MissingExtraError,
+    RetryError,
     ServingError,
 )
 from dataflow.io import ImageIO
@@ -435,6 +436,8 @@ class LocalImageGenServing(Serving):
             try:
                 image = self._reader().read(path)
             except ImageError as error:
+                if error.reason == "unreachable":
+                    raise RetryError(str(error), reason="image_unreachable") from error
                 raise BadRequestError(f"input image {error}", reason="bad_image") from error
             images.append(image)
         if not request.images and self._settings.task == "imageedit":

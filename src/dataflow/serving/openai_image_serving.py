@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dataflow.errors import BadRequestError, ConfigError
-from dataflow.serving.api_serving import ApiServing, input_bytes
+from dataflow.serving.api_serving import ApiServing
 from dataflow.serving.images_replies import ImagesStream, images_reply
 from dataflow.serving.model_limits import ModelLimits, limits_of
 from dataflow.serving.openai_batches import OpenAIBatches
 from dataflow.serving.openai_client import answer, connect, translated_errors
+from dataflow.serving.pictures import input_bytes
 from dataflow.serving.replies import Reply, counted
 from dataflow.serving.reply_images import data_url, media_type
 from dataflow.types import GenerationRequest, ImageStore

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dataflow.metrics.perceptual import Dists, Lpips, Network
 from dataflow.serving import model_files, transformers_model
 from dataflow.serving.diffusers_options import import_library
 from dataflow.serving.diffusers_runner import choose_device
-from dataflow.serving.pictures import read_picture
+from dataflow.serving.pictures import input_bytes, read_picture
 from dataflow.serving.scoring import Scored, ScoringServing
 from dataflow.types import GenerationRequest, Serving
 
@@ -226,7 +227,7 @@ def may_change(path: str, size: tuple[int, int]) -> Mask:
         BadRequestError: it cannot be read.
     """
     read_picture(path)  # refuses what is no whole, harmless picture, and lays transparency over white
-    with Image.open(path) as file:
+    with Image.open(BytesIO(input_bytes(path))) as file:
         mask = normalise(file, path, keep_alpha=True)
     plane = mask.getchannel("A") if mask.mode == "RGBA" else mask.convert("L")
     height, width = size

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, overload
 
 from dataflow.errors import ConfigError, InputError, StepError
+from dataflow.picture_files import status
+from dataflow.remote_files import is_url
 from dataflow.types import BadRow, Row
 from dataflow.utils.exact_json import dumps_row
 from dataflow.utils.tables import (
@@ -250,12 +252,14 @@ class FileStorage:
                 )
         return rows if output_type == "dict" else _frame(rows)
 
-    def resolve(self, path: str) -> Path:
+    def resolve(self, path: str) -> Path | str:
         """The absolute path of a file that a row names: tried from the working directory, then from the user's table.
 
         Returns:
-            The first that exists; the one in the working directory if none does.
+            The first that exists, loose or packed; the one in the working directory if none does. A URL as it is.
         """
+        if is_url(path):
+            return path
         here = Path.cwd() / path
         if _exists(here):
             return here
@@ -423,9 +427,11 @@ def _frame(rows: list[Row]) -> pandas.DataFrame:
 
 
 def _exists(path: Path) -> bool:
-    """Unlike Path.exists, False for names that no file system takes (too long, NUL)."""
+    """Unlike Path.exists, False for names that no file system takes (too long, NUL), and True for packed images."""
     try:
         path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return status(path) is not None
     except (OSError, ValueError):
         return False
     return True

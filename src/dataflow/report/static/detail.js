@@ -154,7 +154,7 @@
         <h2 class="prompt" id="detail-name"><${DF.Text} text=${detail.prompt || "no prompt"} /></h2>
         ${detail.file.prompt && detail.file.prompt !== detail.prompt && html`<p class="instruction"><span class="quiet">instruction</span> <${DF.Text} text=${detail.file.prompt} /></p>`}
         <p class="actions">${detail.prompt && html`<${DF.Copy} text=${detail.prompt} label="Copy prompt" />`}
-        ${detail.path && html`<a class="button" href=${detail.link || undefined} aria-disabled=${!detail.link} target="_blank" rel="noreferrer">${detail.link ? "Original file" : "file not found"}</a>`}</p>
+        ${detail.path && html`<a class="button" href=${detail.link || undefined} aria-disabled=${!detail.link} target="_blank" rel="noreferrer">${detail.link ? "Original file" : detail.where || "file not found"}</a>`}</p>
         ${DF.summary.runs.length > 1 && html`<p class="quiet">run ${DF.summary.runs[detail.run].name}</p>`}
         <${Lineage} at=${at} mates=${mates} />
         <${Scores} scores=${detail.scores} />

@@ -37,7 +37,7 @@ from dataflow.decoding import (
 from dataflow.errors import ConfigError, ImageError
 from dataflow.local_files import LocalFiles
 from dataflow.picture_files import open_file, refuse, short_path
-from dataflow.remote_files import RemoteFiles
+from dataflow.remote_store import RemoteFiles
 from dataflow.types import SavedImage
 
 _SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster that is started for one run: nothing but requests and records goes through it."""
 STOP_SECONDS = 30.0
+CONNECT_SECONDS = 10.0
 
 
 class Cluster:
@@ -65,6 +66,8 @@ class Cluster:
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
             }
+        else:
+            _reach(address)
         try:
             self.ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -334,6 +337,23 @@ class _Hand:
 
 
 _SHARED = "The folder must lie on a disk that all machines of the cluster share, under the same path"
+
+
+def _reach(address: str) -> None:
+    """Try a cluster's address: Ray itself tries for minutes.
+
+    Raises:
+        ConfigError: nobody is there.
+    """
+    if "://" in address:
+        raise ConfigError(f"ray_address is {address!r}: start this on a machine of the cluster and name it 'auto'")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster at {address}: {error}") from error
 
 
 def _ray() -> Any:

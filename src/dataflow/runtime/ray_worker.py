@@ -111,8 +111,10 @@ class RayWorker:
     """
 
     def __init__(self, cluster: Cluster, serving: Serving, fingerprint: Mapping[str, Any], folder: Path) -> None:
-        self.concurrency = serving.concurrency
-        self._cluster, self._timeout = cluster, serving.timeout
+        # One batch more than may be made at once waits over there, so that the way here and back costs no time.
+        self.concurrency = serving.concurrency + (not serving.remote)
+        self._cluster = cluster
+        self._timeout = None if serving.timeout is None else 2 * serving.timeout
         self._resources = cluster.resources(serving)
         self._folder = folder
         try:
@@ -147,7 +149,10 @@ class RayWorker:
                 there = await asyncio.wait_for(self._ask(actor, actor.generate.remote(list(requests))), self._timeout)
             except TimeoutError:
                 self._kill(actor)
-                raise RetryError(f"no answer within {self._timeout:g} s; worker restarted", reason="timeout") from None
+                message = (
+                    f"no answer within {self._timeout:g} s, waiting for a batch before it included; worker restarted"
+                )
+                raise RetryError(message, reason="timeout") from None
         finally:
             self.in_hand -= 1
         ticket = next(self._tickets)
@@ -291,6 +296,7 @@ class _Hand:
 
     def __init__(self) -> None:
         self._worker: InlineWorker | None = None
+        self._room = asyncio.Semaphore()
 
     async def load(self, payload: bytes, folder: str, token: str, version: str) -> tuple[BaseException | None, None]:
         """Set up the serving, where the driver's folders are seen."""
@@ -309,6 +315,7 @@ class _Hand:
         try:
             serving, fingerprint = cloudpickle.loads(payload)
             self._worker = InlineWorker(serving, fingerprint)
+            self._room = asyncio.Semaphore(serving.concurrency)
             await self._worker.start()
         except (FatalServingError, ConfigError) as error:
             return sendable(error, None)
@@ -319,7 +326,8 @@ class _Hand:
     async def generate(self, requests: Sequence[GenerationRequest]) -> tuple[BaseException | None, int | None]:
         assert self._worker is not None
         try:
-            return None, await self._worker.generate(requests)
+            async with self._room:
+                return None, await self._worker.generate(requests)
         except Exception as error:  # noqa: BLE001  the engine decides what it means
             return sendable(error, None)
 

@@ -76,11 +76,14 @@ class Stations:
         try:
             await station.starting
         except (FatalServingError, ConfigError) as error:
-            if not self.others(station):
+            if not self._stand_in:
                 raise
             if station.closed is None:
                 station.closed = error
-                logger.warning("one worker is not used: %s", error)
+                if self.others(station):
+                    logger.warning("one worker is not used: %s", error)
+            if not self.others(station):
+                raise next(each.closed for each in self.all if each.closed is not None) from None
             return False
         return True
 

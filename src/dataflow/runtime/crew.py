@@ -14,11 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 from dataflow.errors import RunInterruptedError, RunStoppedError
+from dataflow.runtime.ray_worker import Cluster, RayPool, RayWorker
 from dataflow.runtime.station import Station, Stations
-from dataflow.runtime.worker import InlineWorker, ProcessWorker
+from dataflow.runtime.worker import InlineWorker, ProcessWorker, Worker
 from dataflow.types import Serving
 
 GIVE_UP_SECONDS = 2.0
@@ -26,44 +28,56 @@ GIVE_UP_SECONDS = 2.0
 
 
 class Crew:
-    """Starts the workers when the first batch is there, and keeps them until :meth:`close`.
+    """Has the workers from the first batch on, and keeps them until :meth:`close`.
 
     Args:
         serving: whose replicas they run.
+        folder: the cache folder.
+        cluster: where they run; None for this machine.
 
     Attributes:
-        stations: none before :meth:`start`.
+        stations: none before :meth:`gather`.
         halted: set when the step stops before its end.
         interrupted: by Ctrl-C; None if it was not.
     """
 
-    def __init__(self, serving: Serving) -> None:
-        self._serving = serving
-        self.stations = Stations([], remote=serving.remote)
+    def __init__(self, serving: Serving, folder: Path, cluster: Cluster | None = None) -> None:
+        self._serving, self._folder, self._cluster = serving, folder, cluster
+        self.stations = Stations([], stand_in=serving.remote)
         self.halted = asyncio.Event()
         self.interrupted: RunInterruptedError | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._given_up = False
 
-    async def start(self, fingerprint: Mapping[str, Any]) -> None:
-        """Start the workers, if they are not there yet.
+    def gather(self, fingerprint: Mapping[str, Any]) -> None:
+        """Make the workers, if they are not there yet; each is started by the first of its lanes.
 
         Args:
             fingerprint: what the images' metadata says of the model.
-
-        Raises:
-            FatalServingError: the serving does not load; of several endpoints, none does.
-            ConfigError: likewise.
         """
         if self.stations.all:
             return
-        replicas = self._serving.replicas()
-        kind = InlineWorker if len(replicas) == 1 or self._serving.remote else ProcessWorker
-        self.stations = Stations(
-            [Station(kind(each, fingerprint), each, self.halted) for each in replicas], remote=self._serving.remote
-        )
-        await self.stations.start()
+        serving = self._serving
+        if self._cluster is not None and not serving.detached:
+            workers = self._on_cluster(self._cluster, fingerprint)
+        else:
+            replicas = serving.replicas()
+            kind = InlineWorker if len(replicas) == 1 or serving.remote else ProcessWorker
+            workers = [(kind(each, fingerprint), each) for each in replicas]
+        stations = [Station(worker, each, self.halted) for worker, each in workers]
+        self.stations = Stations(stations, stand_in=serving.remote or self._cluster is not None)
+
+    def _on_cluster(self, cluster: Cluster, fingerprint: Mapping[str, Any]) -> list[tuple[Worker, Serving]]:
+        """An actor for each copy; of a remote serving several for each endpoint, whose limits they share."""
+        serving, count = self._serving, cluster.count(self._serving)
+
+        def actor(of: Serving) -> RayWorker:
+            return RayWorker(cluster, of, fingerprint, self._folder)
+
+        if not serving.remote:
+            return [(actor(serving), serving) for _ in range(count)]
+        return [(RayPool([actor(each) for _ in range(count)]), each) for each in serving.replicas()]
 
     def run(self, main: Callable[[], Coroutine[Any, Any, None]], stop: Callable[[RunStoppedError], None]) -> None:
         """Run a coroutine in the loop and wait for it, also through Ctrl-C.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from dataflow.errors import (
     ConfigError,
@@ -44,6 +45,7 @@ from dataflow.runtime.parts import (
 )
 from dataflow.runtime.planner import Planner
 from dataflow.runtime.progress import Progress, describe
+from dataflow.runtime.ray_worker import Cluster
 from dataflow.runtime.sharing import Driver
 from dataflow.runtime.station import Station
 from dataflow.runtime.tally import Tally, add_up
@@ -77,6 +79,11 @@ class RunOptions:
             that going on reads what is left and not what is done.
         share: make the step together with other processes that are run with the same options, on this machine or on
             others that see the same folders. Tables of several parts are shared part by part.
+        executor: ``local`` works on this machine, ``ray`` on a Ray cluster.
+        ray_address: of the cluster (``auto``, ``host:6379``); None takes the one this process is connected to, or
+            starts one on this machine.
+        workers: copies of the model on the cluster, or processes for each endpoint of a service; None for as many as
+            there is room for, or one on each machine. Those for which there is no room join when there is.
     """
 
     max_failed_fraction: float = 0.5
@@ -88,6 +95,9 @@ class RunOptions:
     quiet: bool = False
     part_rows: int = PART_ROWS
     share: bool = False
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    workers: int | None = None
 
 
 def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None) -> Summary:
@@ -167,7 +177,8 @@ class _Step:
         self.plan, self.serving, self.storage, self.options, self.driver = plan, serving, storage, options, driver
         self.started = time.monotonic()
         self.parts = cut(plan, serving, storage, options.part_rows)
-        self.crew = Crew(serving)
+        cluster = Cluster(options.ray_address, options.workers) if options.executor == "ray" else None
+        self.crew = Crew(serving, Path(storage.cache_path), cluster)
         self.sums: dict[int, Summary] = {}
         self.mixed = False
         self.index: Index | None = None
@@ -212,8 +223,9 @@ class _Step:
 
     def _in_parts(self, only: frozenset[int] | None) -> Summary:
         signature = self.storage.input_signature()
-        self.mixed = is_mixed(self.storage, self.parts)
-        keep_layout(self.storage, self.parts, self.options.part_rows, mixed=self.mixed)
+        with self._alone():
+            self.mixed = is_mixed(self.storage, self.parts)
+            keep_layout(self.storage, self.parts, self.options.part_rows, mixed=self.mixed)
         while len(self.sums) < len(self.parts):
             before = len(self.sums)
             for number in range(len(self.parts)):
@@ -253,7 +265,7 @@ class _Step:
             if error.summary is not None:
                 self.sums[number] = error.summary
             error.summary = self._total()
-            with contextlib.suppress(OSError):  # on a full disk the sum is shown, not kept
+            with contextlib.suppress(OSError), self._alone():  # on a full disk the sum is shown, not kept
                 table.save_summary(self.plan, self.storage, error.summary)
             raise
         finally:
@@ -273,7 +285,9 @@ class _Step:
         origins = Origins()
         for each in earlier:
             if not each.origins_path.is_file():
-                find_origins(each, self.plan, self.serving)
+                found = find_origins(each, self.plan, self.serving)
+                with self._alone():
+                    save_origins(each, found)
             origins.add(each)
         context = Context(
             before=add_up("", self.sums.values(), 0.0),
@@ -291,7 +305,8 @@ class _Step:
                     f"stopped: another process has taken over {part.folder.name}, because this one has not been heard "
                     f"of for {sharing.DEAD_SECONDS:.0f} s. Nothing finished is lost: run again to go on"
                 )
-            save_origins(part, run.identifier.origins)
+            with self._alone():
+                save_origins(part, run.identifier.origins)
             return facts(part, run.index, run.planner.book.requests)
 
         summary = run.execute(kept)
@@ -424,18 +439,12 @@ class _Run:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     async def _main(self) -> None:
-        self._pulling = asyncio.Lock()
+        self._pulling, self._over = asyncio.Lock(), asyncio.Event()
         first = await self._pull()
         if first is None:
             return
         self._given_back = [first]
-        try:
-            await self.crew.start(self.identifier.fingerprint)
-        except FatalServingError as error:
-            stop = RunStoppedError(f"stopped: {error}")
-            stop.__cause__ = error
-            self.stop(stop)
-            return
+        self.crew.gather(self.identifier.fingerprint)
         self.stations = self.crew.stations
         try:
             ticker = asyncio.create_task(self._tick())
@@ -465,6 +474,14 @@ class _Run:
             self.progress.update()
 
     async def _lane(self, station: Station) -> None:
+        try:
+            if not await self.stations.ready(station, self._over):
+                return
+        except FatalServingError as error:
+            stop = RunStoppedError(f"stopped: {error}")
+            stop.__cause__ = error
+            self.stop(stop)
+            return
         while station.closed is None and (batch := await self._pull()) is not None:
             try:
                 await self.maker.make(station, batch)
@@ -488,8 +505,9 @@ class _Run:
                     self._in_hand += len(batch)
                     return Try(batch)
                 if self._in_hand == 0:
-                    return None
+                    break
                 await self._progressed.wait()
+            self._over.set()
             return None
 
     # -- what the maker says -----------------------------------------------------------------------------------------
@@ -510,6 +528,7 @@ class _Run:
         """No new work; what is under way ends."""
         self.stop_error = self.stop_error or error
         self.planner.stopping = True
+        self._over.set()
         self.halted.set()
         self._progressed.set()
 

@@ -38,6 +38,7 @@ from dataflow.serving.capabilities import Capabilities
 from dataflow.serving.diffusers_call import Facts, Job, call_arguments, effective, shared_key
 from dataflow.serving.diffusers_options import Options, parse_devices, parse_lora
 from dataflow.serving.model_files import ModelFiles
+from dataflow.serving.transformers_model import gpus_of_copy
 from dataflow.types import GenerationRequest, GenerationResult, ImageStore, Serving, Task
 
 log = logging.getLogger(__name__)
@@ -187,6 +188,7 @@ class LocalImageGenServing(Serving):
                 channels_last=channels_last,
             ),
         )
+        self.num_gpus = gpus_of_copy(self._settings.devices)
         self._forget()
 
     def _forget(self) -> None:

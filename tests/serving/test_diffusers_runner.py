@@ -86,7 +86,6 @@ def test_errors_hold_no_tensors_alive(fake_runner):
 def answers(fake_runner):
     """What becomes of a pipeline's answer to two seeds."""
 
-
     def ask(**output):
         if isinstance(images := output.get("images"), np.ndarray):
             output["images"] = torch.from_numpy(images).permute(0, 3, 1, 2)

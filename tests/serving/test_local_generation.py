@@ -137,9 +137,7 @@ def test_one_thread_calls_the_pipeline(flux_folder, loaded, monkeypatch):
     serving = loaded(flux_folder)
     threads = []
     original = serving._batches._made
-    monkeypatch.setattr(
-        serving._batches, "_made", lambda jobs: threads.append(threading.get_ident()) or original(jobs)
-    )
+    monkeypatch.setattr(serving._batches, "_made", lambda jobs: threads.append(threading.get_ident()) or original(jobs))
     for number in range(3):
         run(serving, [request(number)])
     assert len(set(threads)) == 1

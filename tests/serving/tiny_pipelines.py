@@ -2,9 +2,8 @@
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-
 from tests.serving.conftest import WORDS, clip_text, clip_tokenizer, tiny_vae
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 
 def word_tokenizer(special=("<pad>", "<eos>", "<bos>"), **more):
@@ -35,7 +34,8 @@ def sdxl(root):
         tokenizer_2=tokenizer,
         unet=UNet2DConditionModel(
             block_out_channels=(8, 16), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=32, norm_num_groups=2, attention_head_dim=(2, 4), use_linear_projection=True,
             addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=(1, 1),
             projection_class_embeddings_input_dim=6 * 8 + 16,

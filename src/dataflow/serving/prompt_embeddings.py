@@ -117,8 +117,8 @@ class PromptCache:
             return None
         rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
         negative = given.get("negative_prompt")
-        if isinstance(negative, str) and isinstance(bound.arguments["prompt"], str):
-            negative = [negative]
+        if isinstance(negative, str):
+            negative = [negative] * len(rows)
         if isinstance(negative, list):
             if len(negative) != len(rows):
                 return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ PEAKS: Mapping[str, Peak] = {
 
 def peak_of(name: str) -> Peak | None:
     """The peak of a device by its name (``NVIDIA H100 80GB HBM3``); None for one that is not in the table."""
-    words = f" {name.replace('-', ' ')} "
+    words = f" {' '.join(re.findall(r'[A-Za-z0-9]+', name))} "
     matches = [key for key in PEAKS if f" {key} " in words]
     return PEAKS[max(matches, key=len)] if matches else None
 

@@ -12,7 +12,17 @@ from PIL import Image
 from dataflow.errors import BadRequestError, ImageError, OutOfMemoryError, ServingError
 from dataflow.io import ImageIO
 from dataflow.serving import capabilities as can
-from dataflow.serving.diffusers_call import Facts, Job, call_arguments, effective, padded, shape_key, shared_key
+from dataflow.serving.diffusers_call import (
+    Facts,
+    Job,
+    call_arguments,
+    effective,
+    padded,
+    shape_key,
+    shared_key,
+    taken_steps,
+    warm_up_arguments,
+)
 from dataflow.serving.diffusers_options import Settings
 from dataflow.serving.diffusers_pictures import Pending
 from dataflow.serving.diffusers_runner import Runner
@@ -65,6 +75,13 @@ class Batches:
         made = await loop.run_in_executor(self._calls, self._made, jobs)
         results.update(await loop.run_in_executor(self._pictures, self._taken, made))
         return [results[place] for place in range(len(requests))]
+
+    def short_call(self, request: GenerationRequest) -> tuple[int, int]:
+        """As the serving's method; while nothing else is under way."""
+        arguments = call_arguments(self._facts.capabilities, [self._job(0, request)])
+        short = warm_up_arguments(arguments)
+        self._calls.submit(self.runner.drop, [request.seed], short).result()
+        return taken_steps(arguments), taken_steps(short)
 
     def close(self) -> None:
         """Free the weights and the threads."""

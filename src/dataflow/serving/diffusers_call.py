@@ -119,6 +119,15 @@ def warm_up_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, "num_inference_steps": min(steps, math.ceil(WARM_UP_STEPS / strength))}
 
 
+def taken_steps(arguments: Mapping[str, Any]) -> int:
+    """Steps that a call with these arguments takes, at least 1."""
+    for name in ("sigmas", "timesteps"):
+        if arguments.get(name) is not None:
+            return max(1, len(arguments[name]))
+    # 1 where the pipeline alone knows how many: it takes as many in every call
+    return max(1, int(arguments.get("num_inference_steps", 1) * float(arguments.get("strength") or 1.0)))
+
+
 def padded(jobs: Sequence[Job], count: int) -> list[Job]:
     """The jobs, the last one again and again until there are ``count``."""
     return [*jobs, *[jobs[-1]] * (count - len(jobs))]

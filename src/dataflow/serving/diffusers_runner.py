@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import inspect
@@ -9,7 +10,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -188,10 +189,25 @@ class Runner:
                 )
             diffusers_options.set_attention(self.pipe, self._attention[0])
 
+    def drop(self, seeds: Sequence[int], arguments: Mapping[str, Any]) -> None:
+        """Call the pipeline, wait, and drop the pictures. Raises as :meth:`run` does."""
+        self._guarded(lambda: collect(self._call(seeds, arguments), len(seeds), self._recipe.pipeline).wait())
+
+    @contextlib.contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """With torch's own attention, whichever was chosen, for as long as this lasts."""
+        if self._attention:
+            diffusers_options.set_attention(self.pipe, "native")
+        try:
+            yield
+        finally:
+            if self._attention:
+                diffusers_options.set_attention(self.pipe, self._attention[0])
+
     def _warm_up(self, seeds: Sequence[int], arguments: Mapping[str, Any], size: Size | None) -> None:
         """Have everything compiled that a call of this shape needs, in as few steps as there may be."""
         started = time.perf_counter()
-        self._guarded(lambda: collect(self._call(seeds, warm_up_arguments(arguments)), len(seeds), "warm-up").wait())
+        self.drop(seeds, warm_up_arguments(arguments))
         seconds = time.perf_counter() - started
         self.warm_up_seconds += seconds
         self._free_at = time.perf_counter()

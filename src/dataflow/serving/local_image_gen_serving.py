@@ -397,6 +397,25 @@ class LocalImageGenServing(Serving):
             self._batches = None
 
     @property
+    def task(self) -> Task:
+        """What it was made for."""
+        return self._settings.task
+
+    def short_call(self, request: GenerationRequest) -> tuple[int, int]:
+        """Make a request in as few steps as there may be, and drop the picture.
+
+        Returns:
+            How many steps the request has, and how many were made.
+
+        Raises:
+            FatalServingError: not set up.
+            DataflowError: the request cannot be made.
+        """
+        if self._batches is None:
+            raise FatalServingError("the serving is not set up: call setup() before short_call()")
+        return self._batches.short_call(request)
+
+    @property
     def runner(self) -> Runner | None:
         """The loaded pipeline, between :meth:`setup` and :meth:`cleanup`."""
         return self._batches.runner if self._batches else None

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -293,9 +294,11 @@ def pipeline(tmp_path):
 def machine(monkeypatch):
     def use(formula, facts=GPU):
         found = Machine(formula, facts=facts)
-        monkeypatch.setattr(
-            tune, "measure_apart", lambda settings, *, seconds, count, limit, verbose: found(settings, limit=limit, count=count)
-        )  # fmt: skip
+
+        def measured(settings, *, seconds, count, limit, verbose):
+            return found(settings, limit=limit, count=count)
+
+        monkeypatch.setattr(tune, "measure_apart", measured)
         return found
 
     return use
@@ -368,9 +371,9 @@ def test_ctrl_c_prints_what_there_is(pipeline, machine, capsys):
     ("words", "message"),
     [
         (["--write"], "--write needs a pipeline file"),
-        (["FILE", "--batch-size", "8"], "batch_size: a pipeline file says that itself"),
-        (["FILE", "--size", "64x64", "--edit"], "edit: a pipeline file says that itself"),
-        (["FILE", "--serving", "fake"], "no [serving.fake] of type 'local'; there is flux"),
+        (["FILE", "--batch-size", "8"], "'batch_size': a pipeline file says that itself"),
+        (["FILE", "--size", "64x64", "--edit"], "'edit': a pipeline file says that itself"),
+        (["FILE", "--serving", "fake"], "no [serving.fake] of type 'local'; there is 'flux'"),
     ],
 )
 def test_what_cannot_be_asked(pipeline, machine, capsys, words, message):
@@ -385,9 +388,8 @@ def test_several_models_are_told_apart(pipeline, machine, capsys):
     assert main(["tune", str(pipeline)]) == 2
     assert "say which with --serving" in capsys.readouterr().err
     assert main(["tune", str(pipeline), "--serving", "more", "--current"]) == 0
-    pipeline.write_text(
-        PIPELINE.replace('type = "local"\nhf_model_name_or_path = "builtin:tiny-flux"', 'type = "fake"')
-    )
+    fake = '[serving.flux]\ntype = "fake"\n'
+    pipeline.write_text(re.sub(r"\[serving.flux\][^\[]*", fake, PIPELINE))
     assert main(["tune", str(pipeline)]) == 2
     assert "there is nothing to tune" in capsys.readouterr().err
 
@@ -417,7 +419,16 @@ def test_ctrl_c_ends_the_process_at_work(pipeline):
     assert process.returncode == 130
     assert "nothing was measured" in out
     assert children
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    while any(map(_alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_alive, children)), "nothing is left that holds the device"
+
+
+def _alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
 
 
 def _children(parent):

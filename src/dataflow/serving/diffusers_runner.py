@@ -246,7 +246,7 @@ class Runner:
             )
             return replace(options, quantization=None)
         log.warning(
-            "quantization='auto': %s, about a third faster; the pictures differ visibly in detail from those in full"
+            "quantization='auto': %s, about a third faster; the pictures differ in detail from those in full"
             " precision",
             diffusers_options.FASTEST_FP8,
         )

@@ -1,6 +1,7 @@
 """Tiny untrained pipelines, built once per run: the real classes and file formats, a few thousand weights."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +178,7 @@ def fake_runner():
     def make(pipe, floats=True, **options):
         runner = object.__new__(Runner)
         runner._torch, runner.device, runner.pipe, runner._facts = torch, "cpu", pipe, {}
+        runner._once, runner._restore = logging.Filter(), None
         runner._attention, runner._free_at, runner._warm, runner.warm_up_seconds = [], 0.0, set(), 0.0
         runner._recipe = SimpleNamespace(
             pipeline="FakePipeline",

@@ -222,6 +222,10 @@ def test_after_a_success_failures_have_other_reasons(flux_folder, loaded, monkey
     assert serving.runner.provenance["attention"] == "native"
 
 
+def test_a_denoiser_whose_attention_nobody_can_choose(sd_folder, loaded):
+    assert "attention" not in loaded(sd_folder, attention_backend="auto").runner.provenance
+
+
 def test_a_choice_of_attention_stays_with_its_model(flux_folder, loaded):
     dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
     before = dispatch._AttentionBackendRegistry._active_backend
@@ -325,22 +329,10 @@ def test_wrong_options(wrong):
 # The pipeline is not held up
 
 
-class SlowStore(ImageIO):
-    """Takes its time to write, and counts the pictures that wait for it."""
-
-    def __init__(self, folder, seconds):
-        super().__init__(folder, durable=False)
-        self.seconds = seconds
-
-    def save(self, image, name, metadata):
-        time.sleep(self.seconds)
-        return super().save(image, name, metadata)
-
-
 def test_generation_is_not_held_up_by_saving_and_waits_where_memory_would_grow(flux_folder, loaded, job, monkeypatch):
     """Twelve batches; making one takes 0.1 s, saving one 0.08 s and once 0.5 s: the pipeline waits only then."""
     make, save, count = 0.1, 0.08, 12
-    store = SlowStore(job.folder / "images", save)
+    store = ImageIO(job.folder / "images", durable=False)
     serving = LocalImageGenServing(store, 1, flux_folder)
     spans, waiting, most = [], set(), []
     original = diffusers_runner.Runner._call

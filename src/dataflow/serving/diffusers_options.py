@@ -300,6 +300,13 @@ def set_attention(pipe: Any, name: str) -> None:
         logger.setLevel(level)
 
 
+def takes_attention(pipe: Any) -> bool:
+    """Whether the denoiser can be told how to compute its attention; of older ones some say so and take no notice."""
+    denoiser = getattr(pipe, denoiser_name(pipe.components))
+    processors = (getattr(module, "processor", None) for module in denoiser.modules())
+    return hasattr(denoiser, "set_attention_backend") and any(hasattr(one, "_attention_backend") for one in processors)
+
+
 def size_decoding(pipe: Any, options: Options, pixels: int, count: int) -> None:
     """Settle what ``auto`` means for decoding a batch.
 

@@ -7,7 +7,6 @@ import gc
 import importlib
 import inspect
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -103,7 +102,7 @@ class Runner:
         self.pipe: Any = self._guarded(lambda: self._load(dtype), loading=True)
         self._once = _OncePerMessage()
         logging.getLogger(type(self.pipe).__module__).addFilter(self._once)
-        self._restore = _be_deterministic(self._torch) if recipe.strict else None
+        self._restore = accelerators.be_deterministic(self._torch) if recipe.strict else None
         self._facts = {
             "device": _device_name(self._torch, self.device),
             "dtype": str(dtype).removeprefix("torch."),
@@ -210,7 +209,6 @@ class Runner:
         self.drop(seeds, warm_up_arguments(arguments))
         seconds = time.perf_counter() - started
         self.warm_up_seconds += seconds
-        self._free_at = time.perf_counter()
         log.info(
             "compiled and warmed up for %s × %d in %.1f s, which no image's time holds",
             *("the model's own size" if size is None else f"{size[0]}×{size[1]}", len(seeds), seconds),
@@ -246,8 +244,7 @@ class Runner:
             )
             return replace(options, quantization=None)
         log.warning(
-            "quantization='auto': %s, about a third faster; the pictures differ in detail from those in full"
-            " precision",
+            "quantization='auto': %s, about a third faster; the pictures differ in detail from those in full precision",
             diffusers_options.FASTEST_FP8,
         )
         return replace(options, quantization=diffusers_options.FASTEST_FP8)
@@ -295,6 +292,9 @@ class Runner:
             diffusers_options.set_attention(pipe, wanted)
             self._attention = [wanted]
             return
+        if not diffusers_options.takes_attention(pipe):
+            log.info("attention_backend='auto': %s has its own", self._recipe.pipeline)
+            return
         names = accelerators.attention_candidates(self._capability)
         for number, name in enumerate(names):
             try:
@@ -305,7 +305,6 @@ class Runner:
             self._attention = list(names[number:])
             log.info("attention: %s", name)
             return
-        log.warning("attention_backend='auto' has no effect on %s", self._recipe.pipeline)
 
     def _load_adapters(self, pipe: Any) -> None:
         if not self._recipe.lora:
@@ -452,21 +451,6 @@ def _only_safetensors(folder: Path) -> Path:
     if len(files) != 1:
         raise ConfigError(f"{folder} holds {len(files)} .safetensors files; name the LoRA's file itself")
     return files[0]
-
-
-def _be_deterministic(torch: Any) -> Callable[[], None]:
-    """Choose deterministic kernels where there are any; returns what undoes it."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-
-    def restore() -> None:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = benchmark
-
-    return restore
 
 
 class _no_bars:  # noqa: N801 - reads as a statement

@@ -294,7 +294,7 @@ def _facts(serving: LocalImageGenServing, runner: Runner) -> dict[str, Any]:
         "repeated_blocks": bool(getattr(denoiser, "_repeated_blocks", None)),
         "convolutions": any(parameter.dim() == 4 and parameter.shape[-1] > 1 for parameter in denoiser.parameters()),
         "caches": hasattr(denoiser, "enable_cache"),
-        "attention": hasattr(denoiser, "set_attention_backend"),
+        "attention": diffusers_options.takes_attention(runner.pipe),
         "batches": serving.task == "imageedit"
         or serving.batch_key(request) == serving.batch_key(GenerationRequest(request_id="1" * 32, prompt="", seed=1)),
     }

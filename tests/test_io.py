@@ -1,9 +1,11 @@
 """Every kind of image file in, whole files with their request out."""
 
+import hashlib
 import os
 import pickle
 import random
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from dataflow.errors import ConfigError, ImageError
 from dataflow.io import ImageIO
 
 NAME = "ab" + "0123456789" * 3
+HERE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 METADATA = {
     "prompt": "a fox, in snow",
     "negative_prompt": "blurry\nbad",
@@ -478,13 +481,18 @@ def test_existing_and_sweep(tmp_path):
     names = [f"{number:032x}"[::-1] for number in range(300)] + [f"{7:032x}_2"]
     for name in names:
         store.save(PALETTE, name, {})
-    (tmp_path / "00" / f".{NAME}.123.abcd.tmp").write_bytes(b"torn")
+    (tmp_path / "00" / f".{NAME}.999999999.{HERE}abcdabcd.tmp").write_bytes(b"torn")
+    elsewhere = [tmp_path / "00" / f".{NAME}.{number}.0123456789abcdef.tmp" for number in (1, 2)]
+    for path in elsewhere:
+        path.write_bytes(b"of a process on another machine")
+    os.utime(elsewhere[1], (0, 0))
     (tmp_path / "00" / "notes.txt").write_bytes(b"")
     (tmp_path / "other").mkdir()
     assert sorted(Path(name).stem for name, _ in store.existing()) == sorted(names)
     assert all(store.save_path.joinpath(file).stat().st_size == size for file, size in store.existing())
-    assert store.sweep() == 1
+    assert store.sweep() == 2
     assert store.sweep() == 0
+    assert [path.exists() for path in elsewhere] == [True, False]
 
 
 def test_the_parameters_text_is_what_other_tools_read(tmp_path):
@@ -650,7 +658,7 @@ def test_killed_while_saving(tmp_path):
         files = list(store.existing())
         assert files
         assert all(store.find(Path(name).stem) for name, _ in files)
-    (tmp_path / "images" / "00" / f".{NAME}.999999999.ab.tmp").touch()
+    (tmp_path / "images" / "00" / f".{NAME}.999999999.{HERE}abcdabcd.tmp").touch()
     assert store.sweep() >= 1
     assert all(not file.name.startswith(".") for file in store.save_path.rglob("*"))
 

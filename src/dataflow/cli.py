@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from dataflow import __version__
 from dataflow.commands.export_options import add_export
-from dataflow.commands.options import DEFAULT_FOLDER, add_job_options, add_pilot
+from dataflow.commands.options import DEFAULT_FOLDER, add_job_options, add_run_options
 from dataflow.commands.report_options import add_report
 from dataflow.commands.scoring_options import add_scoring
 from dataflow.commands.tune_options import add_tune
@@ -303,7 +303,7 @@ def _add_making(add) -> None:
         help="begin with this step; the tables of the steps before are taken as they are",
     )
     command.add_argument("--last", type=int, metavar="N", help="end with this step")
-    add_pilot(command)
+    add_run_options(command)
 
 
 def _add_looking(add) -> None:

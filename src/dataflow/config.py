@@ -47,6 +47,7 @@ runs, against the signatures of the classes themselves: unknown keys, wrong type
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -73,6 +74,9 @@ from dataflow.utils.storage import FileStorage
 _TASKS = {"Text2ImageGenerator": "text2image", "PromptedImageEditGenerator": "imageedit"}
 """What a local model must have been told to do, for the operators that need one or the other."""
 
+RESOURCES = ("num_cpus", "num_gpus", "memory_gb")
+"""Keys that every serving has: what one copy takes on a cluster."""
+
 _TABLES = ("storage", "images", "serving", "step", "accept", "run", "report", "export")
 
 
@@ -83,10 +87,12 @@ class ServingConfig:
     Attributes:
         type: a key of :data:`SERVINGS` or ``module:Class``.
         arguments: of the class's constructor, ``image_io`` apart.
+        resources: what one copy takes on a cluster, :data:`RESOURCES` by name.
     """
 
     type: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    resources: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +282,10 @@ def _built(name: str, config: PipelineConfig, images: ImageIO | None) -> Serving
         given[SERVICE] = _built(given[SERVICE], config, None)
     if "rubric" in given:
         given["rubric"] = _rubric(place, given["rubric"])
-    return construct(place, kind, given)
+    made = construct(place, kind, given)
+    for key, value in serving.resources.items():
+        setattr(made, key, value)
+    return made
 
 
 def _rubric(place: Place, value: Any) -> Rubric:
@@ -304,7 +313,7 @@ def dump(config: PipelineConfig, folder: Path) -> str:
         document["run"] = config.run
     if config.report:
         document["report"] = {"output": config.report.output, **config.report.arguments}
-    document["serving"] = {name: {"type": s.type, **s.arguments} for name, s in config.servings.items()}
+    document["serving"] = {name: {"type": s.type, **s.arguments, **s.resources} for name, s in config.servings.items()}
     parts = [tomli_w.dumps(_plain(document, folder))]
     for step in config.steps:
         serving = {"serving": step.serving} if step.serving else {}
@@ -332,11 +341,19 @@ def _serving(place: Place, table: Any) -> ServingConfig:
     kind = table.get("type")
     if kind is None:
         place.fail(f"the key 'type' is missing; choose {listed(SERVINGS)} or \"package.module:Class\"")
-    given = {key: value for key, value in table.items() if key != "type"}
+    resources = {key: _amount(place, key, table[key]) for key in RESOURCES if key in table}
+    given = {key: value for key, value in table.items() if key != "type" and key not in resources}
     serving = class_of(place, "type", kind, SERVINGS)
     if not hasattr(serving, "generate"):
         place.fail(f"{kind} is no serving: it has no method 'generate'", "type")
-    return ServingConfig(type=kind, arguments=arguments(place, given, serving, skip=("image_io",)))
+    taken = arguments(place, given, serving, skip=("image_io",))
+    return ServingConfig(type=kind, arguments=taken, resources=resources)
+
+
+def _amount(place: Place, key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        place.fail(f"must be a number from 0, found {shown(value)}", key)
+    return float(value)
 
 
 def _check_service(place: Place, asking: str, servings: Mapping[str, ServingConfig]) -> None:

@@ -11,9 +11,11 @@ import json
 import os
 import re
 import secrets
+import socket
 import struct
+import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,10 @@ from dataflow.types import SavedImage
 
 _SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 _NAME = re.compile(r"[0-9a-f]{32}(_[0-9]+)?")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}(?:_[0-9]+)?\.([0-9]{1,9})\.[0-9a-f]+\.tmp")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}(?:_[0-9]+)?\.([0-9]{1,9})\.([0-9a-f]{8})[0-9a-f]{8}\.tmp")
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_OLD_SECONDS = 24 * 3600
+"""What a process on another machine has not finished for so long it will not finish."""
 
 _NOTE = b"dataflow\0"
 _EXIF_IFD, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
@@ -218,17 +223,28 @@ class ImageIO:
         """File name relative to ``save_path`` and bytes of every image, unopened, in no particular order."""
         return listing.images(str(self.save_path))
 
+    def sizes(self, names: Iterable[str]) -> Iterator[tuple[str, int]]:
+        """Those of the files that exist, as :meth:`existing` gives them."""
+        for name in names:
+            try:
+                size = os.stat(os.path.join(self.save_path, name)).st_size  # noqa: PTH116, PTH118 - called for millions
+            except OSError:
+                continue
+            yield name, size
+
     def sweep(self) -> int:
         """Remove what killed runs left half-written; returns how many files.
 
-        What a living process is writing stays: caches may share a folder of images.
+        What a living process is writing stays, on this machine or another: caches may share a folder of images.
         """
         removed = 0
         for folder in listing.folders(str(self.save_path)):
             for name in os.listdir(self.save_path / folder):
-                if name.endswith(".tmp") and (match := _TEMPORARY.fullmatch(name)) and not _is_alive(int(match[1])):
-                    (self.save_path / folder / name).unlink(missing_ok=True)
-                    removed += 1
+                if name.endswith(".tmp") and (match := _TEMPORARY.fullmatch(name)):
+                    path = self.save_path / folder / name
+                    if not _is_alive(int(match[1])) if match[2] == _HOST else _is_old(path):
+                        path.unlink(missing_ok=True)
+                        removed += 1
         return removed
 
     def _stem(self, name: str) -> str:
@@ -271,7 +287,7 @@ class ImageIO:
             folder.mkdir(parents=True, exist_ok=True)
             if self.durable:
                 _sync(self.save_path)
-        temporary = folder / f".{target.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        temporary = folder / f".{target.stem}.{os.getpid()}.{_HOST}{secrets.token_hex(4)}.tmp"
         try:
             with temporary.open("xb") as file:
                 file.write(data)
@@ -284,6 +300,13 @@ class ImageIO:
             raise
         if self.durable:
             _sync(folder)
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _OLD_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def _is_alive(process: int) -> bool:

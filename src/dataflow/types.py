@@ -230,6 +230,10 @@ class ImageStore(Protocol):
         """Name and size in bytes of every image file there is."""
         ...
 
+    def sizes(self, names: Iterable[str]) -> Iterator[tuple[str, int]]:
+        """Those of the files that exist, as :meth:`existing` gives them."""
+        ...
+
     def sweep(self) -> int:
         """Remove what killed runs left half-written; number of files. Only under the cache lock."""
         ...
@@ -254,6 +258,9 @@ class Serving(Protocol):
         masks: a request may have a mask; one that has none here is refused before any work.
         remote: the work is done elsewhere; the replicas are connections that share this process, and one that fails
             for good leaves its work to the others.
+        num_cpus: CPUs that one copy takes on a cluster.
+        num_gpus: GPUs, or a share of one, likewise; None for one where the cluster has any.
+        memory_gb: 10^9 bytes of main memory, likewise; None for what is left.
         detached: a call of :meth:`generate` only waits for a batch job that goes on without it, named by the requests'
             ``job``. It may be given up at any time: the same requests with the same name find the job again.
     """
@@ -268,6 +275,9 @@ class Serving(Protocol):
     reproducible: bool = True
     masks: bool = False
     remote: bool = False
+    num_cpus: float = 1.0
+    num_gpus: float | None = 0.0
+    memory_gb: float | None = None
     detached: bool = False
 
     def fingerprint(self) -> Mapping[str, Any]:

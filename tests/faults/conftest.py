@@ -33,6 +33,7 @@ class Site:
         root: where it lies.
         serving: arguments of the fake serving of every run.
         task: ``draw`` or ``edit``.
+        options: of every run.
     """
 
     root: Path
@@ -40,6 +41,7 @@ class Site:
     task: str = "draw"
     cache: Path = None
     images: Path = None
+    options: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.root.mkdir(parents=True, exist_ok=True)
@@ -62,6 +64,7 @@ class Site:
             "images": str(self.images),
             "task": self.task,
             "serving": serving,
+            "options": self.options,
             **more,
         }
 
@@ -69,7 +72,7 @@ class Site:
         """Run in this process; the keyword arguments change the serving."""
         pipe = FakeServing(ImageIO(self.images), **{**self.serving, "log": self.log, **serving})
         operator = PromptedImageEditGenerator if self.task == "edit" else Text2ImageGenerator
-        options = RunOptions(quiet=True, **(options or {}))
+        options = RunOptions(quiet=True, **{**self.options, **(options or {})})
         return operator(pipe, seed=seed, options=options).run(FileStorage(str(self.table), str(self.cache)).step())
 
     @property

@@ -5,8 +5,8 @@ and forks a life for every job on standard input, so that a hundred lives cost s
 and on the next line with its wait status. The life stays unreaped in between, so that its pid is nobody else's.
 
 A job is JSON: ``table``, ``cache``, ``images``, ``serving`` (arguments), ``kind`` (``fake`` or ``local``), ``task``
-(``draw`` or ``edit``), and ``kill_at``: SIGKILL itself at the n-th step towards the disk (0: count the steps into
-``cache/../steps``).
+(``draw`` or ``edit``), ``options`` (of the run), and ``kill_at``: SIGKILL itself at the n-th step towards the disk
+(0: count the steps into ``cache/../steps``).
 """
 
 import importlib
@@ -69,7 +69,7 @@ def run(job, **options):
         serving = logged(LocalImageGenServing, job["log"])(store, **job["serving"])
     storage = FileStorage(job["table"], job["cache"]).step()
     operator = PromptedImageEditGenerator if job.get("task") == "edit" else Text2ImageGenerator
-    return operator(serving, options=RunOptions(quiet=True, **options)).run(storage)
+    return operator(serving, options=RunOptions(quiet=True, **job.get("options", {}), **options)).run(storage)
 
 
 def logged(kind, log):

@@ -67,13 +67,17 @@ def test_a_run_of_500_rows_killed_at_100_random_moments(site, nursery):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["draw", "edit"])
+@pytest.mark.parametrize("task", ["draw", "edit", "draw in parts"])
 def test_killed_at_every_single_step_towards_the_disk(make_site, nursery, tmp_path, task):
     """Before and after every write, fsync, rename, unlink and mkdir, and in the middle of every journal write."""
     rng = random.Random(21)
+    options = {}
     if task == "draw":
         serving = {"images_per_prompt": 2, "batch_size": 2, "concurrency": 2}
         rows, images, per_row = ["a fox", "a fox", "a kite"], 6, 2
+    elif task == "draw in parts":
+        serving, rows, images, per_row = {"concurrency": 2}, ["a fox", "a fox", "a kite"], 3, 1
+        options = {"part_rows": 1}
     else:
         source = tmp_path / "source.png"
         Image.new("RGB", (32, 32), "teal").save(source)
@@ -82,7 +86,7 @@ def test_killed_at_every_single_step_towards_the_disk(make_site, nursery, tmp_pa
         serving, images, per_row = {"batch_size": 2}, 5, 1
 
     def fresh(name):
-        return make_site(tmp_path / name, serving, task).fill(rows)
+        return make_site(tmp_path / name, serving, task.split()[0], options=options).fill(rows)
 
     whole = fresh("whole")
     assert nursery.live(whole.job(kill_at=0)) == 0

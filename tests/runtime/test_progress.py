@@ -29,7 +29,8 @@ def settle(tally: Tally, rows: int, status="done", reason="") -> None:
 
 def test_the_line_tells_rows_speed_time_left_and_failures(clock, capsys):
     tally = Tally()
-    with Progress("Drawer", 100, tally, True) as bar:
+    with Progress("Drawer", 100, True) as bar:
+        bar.follow(tally, Summary())
         settle(tally, 10)
         bar.update()
         clock[0] += 10
@@ -44,7 +45,8 @@ def test_the_line_tells_rows_speed_time_left_and_failures(clock, capsys):
 
 def test_it_is_refreshed_now_and_then_and_at_the_end(clock, capsys):
     tally = Tally()
-    with Progress("Drawer", None, tally, True) as bar:
+    with Progress("Drawer", None, True) as bar:
+        bar.follow(tally, Summary())
         bar.update()
         for _ in range(50):
             settle(tally, 1)
@@ -55,7 +57,8 @@ def test_it_is_refreshed_now_and_then_and_at_the_end(clock, capsys):
 
 def test_a_rate_needs_something_made_and_time(clock, capsys):
     tally = Tally()
-    with Progress("Drawer", 5, tally, True) as bar:
+    with Progress("Drawer", 5, True) as bar:
+        bar.follow(tally, Summary())
         tally.add_done_row(1, 10)
         bar.update()
         clock[0] += 1
@@ -63,7 +66,7 @@ def test_a_rate_needs_something_made_and_time(clock, capsys):
 
 
 def test_nothing_is_shown_where_nobody_looks(capsys, monkeypatch):
-    with Progress("Drawer", 5, Tally(), None) as bar:
+    with Progress("Drawer", 5, None) as bar:
         bar.update()
     assert capsys.readouterr().err == ""
 
@@ -77,7 +80,7 @@ def test_it_shows_itself_in_terminals_and_notebooks(monkeypatch, terminal, noteb
     monkeypatch.setattr(sys, "stderr", screen)
     if notebook:
         monkeypatch.setitem(sys.modules, "ipykernel", object())
-    with Progress("Drawer", None, Tally(), None):
+    with Progress("Drawer", None, None):
         pass
     assert bool(screen.getvalue()) == shown
 

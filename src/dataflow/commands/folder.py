@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dataflow import config as configuration
+from dataflow.commands.options import run_changes
 from dataflow.config import Job, PipelineConfig
 from dataflow.errors import ConfigError, InputError
 from dataflow.pipeline import CompiledStep, did_you_mean, listed
@@ -100,10 +101,7 @@ def launch(
         retry: reasons of earlier failures to try again; None for the configuration's own choice.
     """
     changes: dict[str, object] = {"retry": frozenset(retry)} if retry else {}
-    if getattr(args, "pilot", None):
-        changes["pilot"] = args.pilot
-    if args.quiet:
-        changes |= {"quiet": True, "progress": False}
+    changes |= run_changes(args)
     job = configuration.build(config, configuration.run_options(config, **changes))
     job.pipeline.check_servings()
     first, last = getattr(args, "first", 1), getattr(args, "last", None)
@@ -111,7 +109,7 @@ def launch(
         check_tables(job, config)
     if not args.quiet:
         _say_which_model(config)
-    with _writable(config.folder), cache_lock(config.folder):
+    with _writable(config.folder), cache_lock(config.folder, shared=bool(changes.get("share"))):
         for path, data in (inputs or {}).items():
             write_if_changed(path, data)
         text = configuration.dump(config, config.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from dataflow.contact_sheet import Item, contact_sheet
 from dataflow.errors import ConfigError, InputError
 from dataflow.pipeline import did_you_mean, listed, table_columns
 from dataflow.runtime.journal import Journal
+from dataflow.runtime.lock import cache_lock
 from dataflow.runtime.table import load_summary
 from dataflow.types import BadRow, Summary
 from dataflow.utils.storage import FileStorage
@@ -182,7 +184,9 @@ def _finish(
     if summaries[-1].output is None:
         print("a pilot: the same command without --pilot makes the rest", file=sys.stderr)
     elif getattr(args, "last", None) in (None, len(config.steps)):
-        complete = write_results(config, Path(summaries[-1].output), quiet=args.quiet)
+        alone = cache_lock(config.folder, wait=True) if getattr(args, "share", False) else contextlib.nullcontext()
+        with alone:
+            complete = write_results(config, Path(summaries[-1].output), quiet=args.quiet)
         code = code if complete else max(code, 1)
     if summaries[-1].output is not None:
         print(summaries[-1].output)

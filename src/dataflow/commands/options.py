@@ -56,7 +56,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         metavar="USD",
         help="stop before the calls of a paid service cost more than this, over all runs (default: no limit)",
     )
-    add_pilot(group)
+    add_run_options(group)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -67,14 +67,43 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(api=None, fake=False)
 
 
-def add_pilot(group: argparse._ActionsContainer) -> None:
-    """``--pilot``."""
+def add_run_options(group: argparse._ActionsContainer) -> None:
+    """What may be said of one run of a job, and is no part of the job."""
+    group.add_argument(
+        "--share",
+        action="store_true",
+        help="make a long table together with other processes that run the same command with this option, here or on "
+        "machines that see the same folder",
+    )
+    group.add_argument(
+        "--executor",
+        choices=("local", "ray"),
+        help="where the model runs: on this machine, or on a Ray cluster whose machines see the same folders",
+    )
+    group.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of the cluster: 'auto' or HOST:6379 (default: RAY_ADDRESS, else one that is started on this machine)",
+    )
+    group.add_argument(
+        "--workers",
+        type=_from_one,
+        metavar="N",
+        help="copies of the model on the cluster (default: as many as there is room for)",
+    )
     group.add_argument(
         "--pilot",
         type=_from_one,
         metavar="N",
         help="make only N rows, drawn at random, and forecast money, time, disk and refusals of the others",
     )
+
+
+def run_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of :func:`add_run_options` and ``--quiet`` change of the run's settings."""
+    names = ("pilot", "share", "executor", "ray_address", "workers")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name, None)}
+    return changes | ({"quiet": True, "progress": False} if args.quiet else {})
 
 
 def serving_table(args: argparse.Namespace, task: str) -> dict[str, Any]:

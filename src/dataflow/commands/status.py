@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +15,13 @@ from dataflow import config as configuration
 from dataflow.commands.folder import JOB_FILE, load_job, offline, shown
 from dataflow.config import Job
 from dataflow.errors import ConfigError, InputError
-from dataflow.runtime.journal import Journal
+from dataflow.runtime.journal import Journal, journal_files
+from dataflow.runtime.lock import is_alive
 from dataflow.runtime.progress import human_bytes, spending
+from dataflow.runtime.sharing import drivers
 from dataflow.runtime.survey import survey
-from dataflow.runtime.table import SETTLED, journal_folder, load_summary
+from dataflow.runtime.table import journal_folder, load_summary
+from dataflow.runtime.tally import SETTLED
 from dataflow.types import Plan
 from dataflow.utils.storage import FileStorage
 
@@ -101,7 +103,7 @@ def _is_current(known: dict[str, Any], journal: Path, storage: FileStorage, fold
     """Whether the sum that the last run left still says how things stand."""
     try:
         written = (journal / "summary.json").stat().st_mtime_ns
-        inputs = [storage.input_path, folder / JOB_FILE, *journal.glob("*.jsonl")]
+        inputs = [storage.input_path, folder / JOB_FILE, *journal_files(journal)]
         table = storage.output_path.stat()
         return (
             known.get("output") == str(storage.output_path)
@@ -124,7 +126,7 @@ def _steps_of_journals(folder: Path) -> Iterator[StepStatus]:
         newer = (
             any(
                 path.stat().st_mtime_ns > (journal / "summary.json").stat().st_mtime_ns
-                for path in journal.glob("*.jsonl")
+                for path in journal_files(journal)
             )
             if known
             else True
@@ -179,7 +181,12 @@ def writer_of(folder: Path) -> dict[str, Any] | None:
 
 
 def owner_of(folder: Path) -> dict[str, Any] | None:
-    """Who took the folder's lock last and did not give it back: process, host and since when."""
+    """Who took the folder's lock last and did not give it back: process, host and since when.
+
+    Of several that share the folder, one, with the number of the others.
+    """
+    if together := drivers(folder):
+        return {**together[0], "others": len(together) - 1}
     try:
         owner = orjson.loads((folder / ".lock.owner").read_bytes())
         return {"pid": int(owner["pid"]), "host": str(owner["host"]), "since": str(owner["since"])}
@@ -189,21 +196,7 @@ def owner_of(folder: Path) -> dict[str, Any] | None:
 
 def lives(owner: dict[str, Any]) -> bool:
     """Whether the process is there; one on another host is taken to be."""
-    return owner["host"] != socket.gethostname() or _alive(owner["pid"])
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):  # not on Linux
-        return True
-    return state != "Z"  # dead, and its parent has not noticed yet
+    return owner["host"] != socket.gethostname() or is_alive(owner["pid"])
 
 
 def _rows_written(step: StepStatus) -> str:
@@ -215,7 +208,8 @@ def _rows_written(step: StepStatus) -> str:
 def _running(writer: dict[str, Any] | None) -> str:
     if writer is None:
         return "not running"
-    return f"running, process {writer['pid']} on {writer['host']} since {writer['since']}"
+    others = f" and {writer['others']} more" if writer.get("others") else ""
+    return f"running, process {writer['pid']} on {writer['host']} since {writer['since']}{others}"
 
 
 def _described(step: StepStatus) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from dataflow.commands.folder import JOB_FILE, load_job
 from dataflow.commands.status import StepStatus, lives, owner_of, standing
 from dataflow.runtime.follow import Follower
-from dataflow.runtime.table import SETTLED
+from dataflow.runtime.tally import SETTLED
 
 WINDOW = 60.0
 """Seconds over which the present rate is taken."""

@@ -1,44 +1,54 @@
-"""What happens to every step, once: resume, batches, retries, out-of-memory, refusals, interruption, the final sum.
-
-The asyncio loop of a run lives in a thread of its own, so that a run works the same from a script, in a notebook whose
-main thread already has a loop, and under Ctrl-C: the first one lets the batches in flight end and be saved, the second
-one gives them up. Either way the next run goes on where this one stopped.
-"""
+"""What happens to every step, once: resume, batches, retries, out-of-memory, refusals, interruption, the final sum."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
+import hashlib
 import logging
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from dataflow.errors import (
+    ConfigError,
     FatalServingError,
     InputError,
     RunInterruptedError,
     RunStoppedError,
+    StepError,
     TooManyFailuresError,
 )
-from dataflow.io import ImageIO
-from dataflow.runtime import table
+from dataflow.runtime import sharing, table
 from dataflow.runtime.budget import Budget
+from dataflow.runtime.crew import Crew
 from dataflow.runtime.forecast import describe_forecast, forecast, sample_rows
-from dataflow.runtime.identity import Identifier
-from dataflow.runtime.journal import Journal
-from dataflow.runtime.lock import cache_lock
+from dataflow.runtime.journal import Index, Journal
 from dataflow.runtime.making import Maker, Try
+from dataflow.runtime.parts import (
+    PART_ROWS,
+    Origins,
+    Part,
+    cut,
+    existing_images,
+    facts,
+    find_origins,
+    identifier_of,
+    is_mixed,
+    keep_layout,
+    save_origins,
+)
 from dataflow.runtime.planner import Planner
 from dataflow.runtime.progress import Progress, describe
-from dataflow.runtime.station import Station, Stations
-from dataflow.runtime.tally import Tally
-from dataflow.runtime.worker import InlineWorker, ProcessWorker
+from dataflow.runtime.ray_worker import Cluster
+from dataflow.runtime.sharing import Driver
+from dataflow.runtime.station import Station
+from dataflow.runtime.tally import Tally, add_up
 from dataflow.types import Plan, Serving, Summary
 from dataflow.utils.storage import FileStorage
 
@@ -47,8 +57,8 @@ logger = logging.getLogger(__name__)
 LEAST_FAILURES = 100
 """Fewer failed rows than this never stop a run."""
 TICK_SECONDS = 1.0
-GIVE_UP_SECONDS = 2.0
-"""How long a second Ctrl-C waits for the serving to be cleaned up."""
+PATIENCE = 1.0
+"""Seconds between two looks at what other drivers have done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +75,15 @@ class RunOptions:
             unless that was all. What is made counts for the run that follows.
         progress: show a progress bar; None shows it in terminals and notebooks only.
         quiet: do not print the sum at the end.
+        part_rows: tables of JSON Lines with more lines are run in parts of so many, each with a journal of its own, so
+            that going on reads what is left and not what is done.
+        share: make the step together with other processes that are run with the same options, on this machine or on
+            others that see the same folders. Tables of several parts are shared part by part.
+        executor: ``local`` works on this machine, ``ray`` on a Ray cluster.
+        ray_address: of the cluster (``auto``, ``host:6379``); None takes the one this process is connected to, or
+            starts one on this machine.
+        workers: copies of the model on the cluster, or processes for each endpoint of a service; None for as many as
+            there is room for, or one on each machine. Those for which there is no room join when there is.
     """
 
     max_failed_fraction: float = 0.5
@@ -74,6 +93,11 @@ class RunOptions:
     pilot: int | None = None
     progress: bool | None = None
     quiet: bool = False
+    part_rows: int = PART_ROWS
+    share: bool = False
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    workers: int | None = None
 
 
 def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None) -> Summary:
@@ -96,11 +120,17 @@ def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None)
     """
     options = options or RunOptions()
     storage.open_writer()  # writes nothing yet, but refuses a step that would overwrite the user's table
-    with _readable_disk_errors(storage), cache_lock(Path(storage.cache_path)):
-        if plan.serving is None:
-            summary = table.fold_only(plan, storage)
-        else:
-            summary = _Run(plan, plan.serving, storage, options).execute()
+    if options.share and (options.budget_usd is not None or options.pilot is not None):
+        raise ConfigError("share=True goes with neither budget_usd nor pilot: one process alone can keep count")
+    folder = Path(storage.cache_path)
+    entered = sharing.join(folder) if options.share else sharing.alone(folder)
+    with _readable_disk_errors(storage), entered as driver:
+        try:
+            summary = _execute(plan, storage, options, driver)
+        except RunStoppedError as error:
+            if not options.quiet and error.summary is not None:
+                print(describe(error.summary), file=sys.stderr)
+            raise
     if not options.quiet:
         print(describe(summary), file=sys.stderr)
         if summary.forecast is not None:
@@ -108,22 +138,241 @@ def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None)
     return summary
 
 
-class _Run:
-    """One execution of one plan."""
+def _execute(plan: Plan, storage: FileStorage, options: RunOptions, driver: Driver | None) -> Summary:
+    if plan.serving is not None:
+        return _Step(plan, plan.serving, storage, options, driver).execute()
+    if driver is None:
+        return table.fold_only(plan, storage)
+    with driver.alone():
+        return table.written_since(driver.started, plan, storage) or table.fold_only(plan, storage)
 
-    def __init__(self, plan: Plan, serving: Serving, storage: FileStorage, options: RunOptions) -> None:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What a run over a part of a table has to know of the rest.
+
+    Attributes:
+        before: the sum of the parts before it.
+        usd: US dollars that the other parts have cost, and those that calls which broke off may have.
+        index: what the journals of all parts say, where a row's record may lie in that of another part.
+        earlier: how many identical drafts the parts before it have.
+        only: numbers in the table, from 0, of the rows to make; None for all.
+        writer: stem of the journal's file that this process writes.
+    """
+
+    before: Summary = field(default_factory=Summary)
+    usd: float = 0.0
+    index: Index | None = None
+    earlier: Callable[[bytes], int] | None = None
+    only: frozenset[int] | None = None
+    writer: str = "main"
+
+
+class _Step:
+    """One execution of one plan: over the whole table, or over one part of it after another."""
+
+    def __init__(
+        self, plan: Plan, serving: Serving, storage: FileStorage, options: RunOptions, driver: Driver | None
+    ) -> None:
+        self.plan, self.serving, self.storage, self.options, self.driver = plan, serving, storage, options, driver
+        self.started = time.monotonic()
+        self.parts = cut(plan, serving, storage, options.part_rows)
+        cluster = Cluster(options.ray_address, options.workers) if options.executor == "ray" else None
+        self.crew = Crew(serving, Path(storage.cache_path), cluster)
+        self.sums: dict[int, Summary] = {}
+        self.mixed = False
+        self.index: Index | None = None
+
+    def execute(self) -> Summary:
+        """Make what is pending and write the table.
+
+        Raises:
+            RunStoppedError: not everything was made; ``summary`` says what was.
+            StepError: the table changed while the step ran.
+        """
+        pilot = self.options.pilot
+        only = None if pilot is None else sample_rows(self._count_rows(), pilot, self.plan.seed)
+        with (
+            contextlib.closing(self.crew),
+            Progress(self.plan.name, self.storage.count_rows(), self.options.progress) as self.progress,
+        ):
+            try:
+                if self.parts:
+                    summary = self._in_parts(only)
+                else:
+                    with self._alone():
+                        summary = self._run(self.storage, Context(only=only)).execute()
+            finally:
+                if self.serving.image_io is not None:
+                    self.serving.image_io.sweep()
+        if pilot is not None and summary.pending:
+            summary.forecast = forecast(Journal(table.journal_folder(self.storage)).records(), summary, self.serving)
+            table.save_summary(self.plan, self.storage, summary)
+        return summary
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other drivers away, if there may be any."""
+        return contextlib.nullcontext() if self.driver is None else self.driver.alone()
+
+    def _run(self, storage: FileStorage, context: Context) -> _Run:
+        return _Run(self.plan, self.serving, storage, self.options, self.crew, self.progress, context)
+
+    def _count_rows(self) -> int:
+        rows = self.storage.count_rows()
+        return sum(1 for _ in self.storage.iter_rows()) if rows is None else rows
+
+    def _in_parts(self, only: frozenset[int] | None) -> Summary:
+        signature = self.storage.input_signature()
+        with self._alone():
+            self.mixed = is_mixed(self.storage, self.parts)
+            keep_layout(self.storage, self.parts, self.options.part_rows, mixed=self.mixed)
+        while len(self.sums) < len(self.parts):
+            before = len(self.sums)
+            for number in range(len(self.parts)):
+                if number not in self.sums:
+                    self._try_part(number, only)
+            if len(self.sums) == before:
+                time.sleep(PATIENCE)  # the others are at it
+        summary = self._total()
+        if summary.pending:
+            return summary
+        if self.storage.input_signature() != signature:
+            raise StepError(f"{self.storage.input_path} changed while the step ran: run again")
+        state = hashlib.sha256("".join(part.mark + str(part.known.get("state")) for part in self.parts).encode())
+        with self._alone():
+            storages = [part.storage for part in self.parts]
+            table.write_joined(self.plan, self.storage, storages, summary, state.hexdigest())
+        return summary
+
+    def _try_part(self, number: int, only: frozenset[int] | None) -> None:
+        """Settle a part, unless another driver is at it."""
+        part = self.parts[number]
+        if self._is_settled(part):
+            self.sums[number] = part.summary()
+            return
+        if self.driver is not None:
+            if not self.driver.claim(part.folder):
+                return
+            part.known = table.load_summary(part.folder) or {}
+            if self._is_settled(part):  # just now
+                self.driver.release(part.folder)
+                return
+        try:
+            if self.crew.interrupted:
+                raise self.crew.interrupted
+            self.sums[number] = self._one_part(part, self.parts[:number], only)
+        except RunStoppedError as error:
+            if error.summary is not None:
+                self.sums[number] = error.summary
+            error.summary = self._total()
+            with contextlib.suppress(OSError), self._alone():  # on a full disk the sum is shown, not kept
+                table.save_summary(self.plan, self.storage, error.summary)
+            raise
+        finally:
+            if self.driver is not None:
+                self.driver.release(part.folder)
+
+    def _is_settled(self, part: Part) -> bool:
+        """Whether a part is finished and nothing in it is to be tried again."""
+        if self.driver is not None:
+            part.known = table.load_summary(part.folder) or {}
+        if not part.is_finished(self.serving.image_io):
+            return False
+        just_now = self.driver is not None and part.written_at() >= self.driver.started
+        return just_now or part.is_settled(self.options.retry)
+
+    def _one_part(self, part: Part, earlier: Sequence[Part], only: frozenset[int] | None) -> Summary:
+        origins = Origins()
+        for each in earlier:
+            if not each.origins_path.is_file():
+                found = find_origins(each, self.plan, self.serving)
+                with self._alone():
+                    save_origins(each, found)
+            origins.add(each)
+        context = Context(
+            before=add_up("", self.sums.values(), 0.0),
+            usd=self._usd_of_others(part),
+            index=self._index_of_all() if self.mixed else None,
+            earlier=origins.count,
+            only=only,
+            writer=self.driver.name if self.driver else "main",
+        )
+        run = self._run(part.storage, context)
+
+        def kept() -> Mapping[str, object]:
+            if self.driver is not None and not self.driver.holds(part.folder):
+                raise RunStoppedError(
+                    f"stopped: another process has taken over {part.folder.name}, because this one has not been heard "
+                    f"of for {sharing.DEAD_SECONDS:.0f} s. Nothing finished is lost: run again to go on"
+                )
+            with self._alone():
+                save_origins(part, run.identifier.origins)
+            return facts(part, run.index, run.planner.book.requests)
+
+        summary = run.execute(kept)
+        part.known = table.load_summary(part.folder) or {}
+        return summary
+
+    def _index_of_all(self) -> Index:
+        if self.index is None:
+            logger.warning(
+                "%s: rows were put in or taken out since the first run, so that the journals of all %d parts are read",
+                self.storage.input_path,
+                len(self.parts),
+            )
+            self.index = Journal(table.journal_folder(self.storage)).load()
+            self.index.verify(existing_images(self.serving, self.index, self.storage))
+        return self.index
+
+    def _usd_of_others(self, part: Part) -> float:
+        if self.options.budget_usd is None or self.mixed:
+            return 0.0
+        return sum(each.spent() for each in self.parts if each is not part)
+
+    def _total(self) -> Summary:
+        sums = [self.sums.get(number) or part.summary() for number, part in enumerate(self.parts)]
+        found = add_up(self.storage.step_name, sums, time.monotonic() - self.started)
+        if self.mixed:  # a journal tells nothing of what its own part cost
+            known = table.load_summary(table.journal_folder(self.storage)) or {}
+            found.usd = self.index.usd if self.index else known.get("usd", 0.0)
+            found.unpriced = self.index.unpriced if self.index else known.get("unpriced", 0)
+        return found
+
+
+class _Run:
+    """One execution of one plan over a table, or over a part of one.
+
+    Args:
+        plan: the step.
+        serving: the plan's.
+        storage: at the step, or a part of its table.
+        options: how.
+        crew: makes the batches.
+        progress: shows how things stand.
+        context: what is known of the step's other parts.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        serving: Serving,
+        storage: FileStorage,
+        options: RunOptions,
+        crew: Crew,
+        progress: Progress,
+        context: Context,
+    ) -> None:
         self.plan, self.serving, self.storage, self.options = plan, serving, storage, options
+        self.crew, self.progress, self.context = crew, progress, context
         self.started = time.monotonic()
         self.signature = storage.input_signature()
-        self.journal = Journal(table.journal_folder(storage))
-        existing = serving.image_io.existing() if serving.image_io else ()
-        self.index = self.journal.load()
-        self.index.verify(existing)
-        self.tally = Tally(usd=self.index.usd, unpriced=self.index.unpriced)
-        self.budget = Budget(options.budget_usd, lambda: self.index.usd + self.index.risk)
-        self.identifier = Identifier(
-            serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest
-        )
+        self.journal = Journal(table.journal_folder(storage), context.writer)
+        self.index = self.journal.load() if context.index is None else context.index
+        if context.index is None:
+            self.index.verify(existing_images(serving, self.index, storage))
+        self.tally = Tally(before=storage.rows_before, usd=self.index.usd, unpriced=self.index.unpriced)
+        self.budget = Budget(options.budget_usd, lambda: context.usd + self.index.usd + self.index.risk)
+        self.identifier = identifier_of(plan, serving, storage, context.earlier)
         self.planner = Planner(
             plan,
             storage,
@@ -133,123 +382,71 @@ class _Run:
             self.journal,
             self.tally,
             options.retry,
-            None if options.pilot is None else sample_rows(self._count_rows(), options.pilot, plan.seed),
+            context.only,
         )
+        self.halted, self.stations = crew.halted, crew.stations
         self.maker = Maker(
             self, serving, self.planner, self.index, self.journal, self.tally, self.budget, options.max_attempts
         )
         self.stop_error: RunStoppedError | None = None
-        self.halted = asyncio.Event()
         self._planning = ThreadPoolExecutor(1, thread_name_prefix="plan")
         self._progressed = asyncio.Event()
         self._given_back: list[Try] = []
-        self.stations = Stations([], remote=serving.remote)
         self._in_hand = 0
 
-    def execute(self) -> Summary:
+    def execute(self, facts: Callable[[], Mapping[str, object]] = dict) -> Summary:
+        """Make what is pending and write the table.
+
+        Args:
+            facts: what to keep with the sum of a table that was written.
+
+        Raises:
+            RunStoppedError: not everything was made; ``summary`` says what was.
+            StepError: the table changed while the step ran.
+        """
         self.journal.open()
         try:
-            with Progress(
-                self.plan.name, self.storage.count_rows(), self.tally, self.options.progress
-            ) as self.progress:
-                self._in_thread()
-            if self.serving.image_io is not None:
-                self.serving.image_io.sweep()
-            if self.stop_error is not None:
-                raise self._stopped()
+            self.progress.follow(self.tally, self.context.before)
+            try:
+                self.crew.run(self._main, self.stop)
+            except RunInterruptedError as error:
+                self.stop_error = self.stop_error or error
+            nothing_left = self.planner.exhausted and not self._in_hand
+            if self.stop_error is not None and not (self.stop_error is self.crew.interrupted and nothing_left):
+                self.stop_error.summary = self._standing()
+                raise self.stop_error
             if self.options.pilot is not None and self._count_rows() > self.tally.settled:
-                return self._piloted()
-            summary = table.write(
-                self.plan, self.storage, self.planner, self.signature, time.monotonic() - self.started
-            )
+                return self._standing()
+            seconds = time.monotonic() - self.started
+            summary = table.write(self.plan, self.storage, self.planner, self.signature, seconds, **facts())
         finally:
             self._planning.shutdown(wait=False)
             self.journal.close()
         return summary
 
-    def _in_thread(self) -> None:
-        """Run the loop in its thread and wait for it, also through Ctrl-C."""
-        self.loop = asyncio.new_event_loop()
-        failure: list[BaseException] = []
-        ended = threading.Event()
-
-        def run() -> None:
-            try:
-                self.loop.run_until_complete(self._main())
-            except BaseException as error:  # noqa: BLE001  handed to the caller's thread, whatever it is
-                failure.append(error)
-            finally:
-                self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-                self.loop.close()
-                ended.set()
-
-        threading.Thread(target=run, name="dataflow", daemon=True).start()
-        try:
-            _wait(ended)
-        except KeyboardInterrupt:
-            error = RunInterruptedError("interrupted: run the same command again to go on")
-            try:
-                self._tell(self.stop, error)
-                print("\nCtrl-C: finishing the batches in flight; press it again to give them up.", file=sys.stderr)
-                _wait(ended)
-            except KeyboardInterrupt:
-                # A serving may hold up the loop, which then has not even heard of the first one.
-                self.stop_error = self.stop_error or error
-                self._tell(self._give_up)
-                with contextlib.suppress(KeyboardInterrupt):
-                    ended.wait(GIVE_UP_SECONDS)
-                return
-        if failure:
-            raise failure[0]
-
-    def _tell(self, function: Callable[..., None], *arguments: object) -> None:
-        """Call a function in the loop's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop may have ended just now
-            self.loop.call_soon_threadsafe(function, *arguments)
+    def _standing(self) -> Summary:
+        """The sum of a run that did not end."""
+        rows = max(self._count_rows(), self.tally.planned)
+        summary = self.tally.summary(self.storage.step_name, rows, time.monotonic() - self.started)
+        with contextlib.suppress(OSError):  # on a full disk the sum is shown, not kept
+            table.save_summary(self.plan, self.storage, summary)
+        return summary
 
     def _count_rows(self) -> int:
         rows = self.storage.count_rows()
         return sum(1 for _ in self.storage.iter_rows()) if rows is None else rows
 
-    def _piloted(self) -> Summary:
-        summary = self.tally.summary(self.storage.step_name, self._count_rows(), time.monotonic() - self.started)
-        summary.forecast = forecast(self.journal.records(), summary, self.serving)
-        table.save_summary(self.plan, self.storage, summary)
-        return summary
-
-    def _stopped(self) -> RunStoppedError:
-        assert self.stop_error is not None
-        rows = max(self._count_rows(), self.tally.planned)
-        summary = self.tally.summary(self.storage.step_name, rows, time.monotonic() - self.started)
-        with contextlib.suppress(OSError):  # on a full disk the sum is shown, not kept
-            table.save_summary(self.plan, self.storage, summary)
-        if not self.options.quiet:
-            print(describe(summary), file=sys.stderr)
-        self.stop_error.summary = summary
-        return self.stop_error
-
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     async def _main(self) -> None:
-        self._pulling = asyncio.Lock()
+        self._pulling, self._over = asyncio.Lock(), asyncio.Event()
         first = await self._pull()
         if first is None:
             return
-        replicas = self.serving.replicas()
-        kind = InlineWorker if len(replicas) == 1 or self.serving.remote else ProcessWorker
-        self.stations = Stations(
-            [Station(kind(each, self.identifier.fingerprint), each, self.halted) for each in replicas],
-            remote=self.serving.remote,
-        )
         self._given_back = [first]
+        self.crew.gather(self.identifier.fingerprint)
+        self.stations = self.crew.stations
         try:
-            try:
-                await self.stations.start()
-            except FatalServingError as error:
-                stop = RunStoppedError(f"stopped: {error}")
-                stop.__cause__ = error
-                self.stop(stop)
-                return
             ticker = asyncio.create_task(self._tick())
             # One lane more than may generate: its batch is planned, encoded and written while the others generate.
             lanes = [
@@ -269,7 +466,6 @@ class _Run:
                 # A clean stop: these did not kill anybody.
                 with contextlib.suppress(OSError):  # on a full disk they count as started once
                     self.journal.append({"s": "forget", "ks": sorted(self.maker.unfinished)})
-            await self.stations.stop()
 
     async def _tick(self) -> None:
         """Show how things stand also while nothing ends."""
@@ -278,6 +474,14 @@ class _Run:
             self.progress.update()
 
     async def _lane(self, station: Station) -> None:
+        try:
+            if not await self.stations.ready(station, self._over):
+                return
+        except FatalServingError as error:
+            stop = RunStoppedError(f"stopped: {error}")
+            stop.__cause__ = error
+            self.stop(stop)
+            return
         while station.closed is None and (batch := await self._pull()) is not None:
             try:
                 await self.maker.make(station, batch)
@@ -301,8 +505,9 @@ class _Run:
                     self._in_hand += len(batch)
                     return Try(batch)
                 if self._in_hand == 0:
-                    return None
+                    break
                 await self._progressed.wait()
+            self._over.set()
             return None
 
     # -- what the maker says -----------------------------------------------------------------------------------------
@@ -323,6 +528,7 @@ class _Run:
         """No new work; what is under way ends."""
         self.stop_error = self.stop_error or error
         self.planner.stopping = True
+        self._over.set()
         self.halted.set()
         self._progressed.set()
 
@@ -336,20 +542,6 @@ class _Run:
                     f"{self.options.max_failed_fraction:g}. Mend the cause and run again, or raise the limit."
                 )
             )
-
-    def _give_up(self) -> None:
-        """Drop what is in flight; what was started is forgotten, and the workers are stopped."""
-        for station in self.stations.all:
-            station.worker.give_up()
-        for task in asyncio.all_tasks(self.loop):
-            task.cancel()
-
-
-def _wait(ended: threading.Event) -> None:
-    # With a time-out, so that Ctrl-C gets through on every platform. Not Thread.join: before Python 3.13 one that was
-    # interrupted takes the thread for ended.
-    while not ended.wait(0.5):
-        pass
 
 
 def _disk_message(error: OSError) -> str:

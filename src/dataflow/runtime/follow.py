@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflow.runtime.budget import dollars_of
-from dataflow.runtime.journal import unpack_line
+from dataflow.runtime.journal import journal_files, unpack_line
 
 TAIL_BYTES = 1 << 20
 """How much of a journal that is there already is read at the first look."""
@@ -63,8 +63,9 @@ class Follower:
         A last line without its end is left for the next look. A journal that was replaced is read from its beginning.
         """
         count = 0
-        for path in sorted(self.folder.glob("*.jsonl")):
-            for record in self._new(path):
+        files = journal_files(self.folder)
+        for path in files:
+            for record in self._new(path, TAIL_BYTES if path is files[-1] else 0):
                 self._take(record)
                 count += 1
         self._counts = True
@@ -73,12 +74,12 @@ class Follower:
     def written_at(self) -> float | None:
         """When a record was last written, in seconds since 1970 by the file system's clock; None without a journal."""
         times = []
-        for path in self.folder.glob("*.jsonl"):
+        for path in journal_files(self.folder):
             with contextlib.suppress(FileNotFoundError):  # replaced just now
                 times.append(path.stat().st_mtime)
         return max(times, default=None)
 
-    def _new(self, path: Path) -> Iterator[dict[str, Any]]:
+    def _new(self, path: Path, tail: int) -> Iterator[dict[str, Any]]:
         try:
             file = path.open("rb")
         except FileNotFoundError:
@@ -88,7 +89,7 @@ class Follower:
             if self._files.get(path) not in (None, status.st_ino) or self._offsets.get(path, 0) > status.st_size:
                 self._offsets[path] = 0
             self._files[path] = status.st_ino
-            offset = self._offsets.setdefault(path, 0 if self._counts else max(0, status.st_size - TAIL_BYTES))
+            offset = self._offsets.setdefault(path, 0 if self._counts else max(0, status.st_size - tail))
             file.seek(offset)
             for line in file:
                 if not line.endswith(b"\n"):

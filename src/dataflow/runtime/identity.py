@@ -24,6 +24,7 @@ FORMAT = 1
 """Part of every id; to be raised when the meaning of an id changes."""
 
 ID_BYTES = 16
+ORIGIN_BYTES = 8
 SEED_LIMIT = 2**63
 
 
@@ -51,10 +52,20 @@ class Identifier:
         run_seed: mixed into every derived seed.
         resolve: absolute path of an image path as it stands in a row.
         digest: sha256 (hex) of a file's bytes.
+        earlier: for a part of a table, how many identical drafts the parts before it have.
+
+    Attributes:
+        origins: of every draft so far the first :data:`ORIGIN_BYTES` bytes of what identical drafts have in common.
     """
 
     def __init__(
-        self, serving: Serving, run_seed: int, *, resolve: Callable[[str], Path], digest: Callable[[Path], str]
+        self,
+        serving: Serving,
+        run_seed: int,
+        *,
+        resolve: Callable[[str], Path],
+        digest: Callable[[Path], str],
+        earlier: Callable[[bytes], int] | None = None,
     ) -> None:
         self.fingerprint = dict(serving.fingerprint())
         defaults = dict(serving.default_params())
@@ -67,8 +78,10 @@ class Identifier:
         self._digest = digest
         self._base = hashlib.sha256(orjson.dumps([FORMAT, self.fingerprint], option=orjson.OPT_SORT_KEYS))
         self._plain_tail = self._tail(Draft(prompt=""))
+        self._earlier = earlier
         self._seen: set[bytes] = set()
         self._repeats: dict[bytes, int] = {}
+        self.origins = bytearray()
 
     def identify(self, drafts: Sequence[Draft]) -> list[Identity]:
         """The identities of a row's drafts. Call it once per row, in table order: occurrences are counted here.
@@ -95,14 +108,24 @@ class Identifier:
             if draft.after is not None:
                 digest.update(identities[draft.after].key)
             key = digest.digest()[:ID_BYTES]
-            occurrence = 0
-            if key in self._seen:
-                occurrence = self._repeats[key] = self._repeats.get(key, 0) + 1
+            occurrence = self._occurrence(key)
+            if occurrence:
                 key = hashlib.sha256(b"%b#%d" % (key, occurrence)).digest()[:ID_BYTES]
-            else:
-                self._seen.add(key)
             identities.append(Identity(key, image_hashes, occurrence))
         return identities
+
+    def _occurrence(self, key: bytes) -> int:
+        """How many identical drafts came before this one in the table."""
+        origin = key[:ORIGIN_BYTES]
+        self.origins += origin
+        if key in self._seen:
+            self._repeats[key] = self._repeats.get(key, 0) + 1
+        else:
+            self._seen.add(key)
+            if self._earlier is None or not (before := self._earlier(origin)):
+                return 0
+            self._repeats[key] = before
+        return self._repeats[key]
 
     def request(self, draft: Draft, identity: Identity, parent: GenerationRequest | None) -> GenerationRequest:
         """The whole request of a draft that has to be made; ``parent`` is its previous turn."""

@@ -15,7 +15,9 @@ The order is law: the image is durable before its record is written, and the ste
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
@@ -160,6 +162,16 @@ class Index:
     def _images(self, key: bytes) -> Sequence[Mapping[str, Any]]:
         return () if key in self.texts else self.records[key]["img"]
 
+    def files(self) -> Iterator[str]:
+        """File names of all images of all requests that have their result, relative to their store."""
+        for key in self.packed:
+            yield from self.names(key)
+
+    def sample(self, number: int) -> list[tuple[str, int]]:
+        """Some files with their sizes in bytes, drawn evenly from the requests that have one image each."""
+        keys = itertools.islice(self.packed, 0, None, max(1, len(self.packed) // number))
+        return [(self.names(key)[0], self.sums(key)[1]) for key in keys if self.packed[key] & _ONE_IMAGE]
+
     def text(self, key: bytes) -> str | None:
         """The words of a done request's answer, None where it has none."""
         if key in self.texts:
@@ -233,6 +245,15 @@ class Index:
                     table.pop(key, None)
 
 
+def journal_files(folder: Path) -> list[Path]:
+    """The files of a step's journal, those of the parts of its table included, the one last written to last."""
+    found = []
+    for path in (*folder.glob("*.jsonl"), *folder.glob("part-*/*.jsonl")):
+        with contextlib.suppress(FileNotFoundError):  # replaced just now
+            found.append((path.stat().st_mtime_ns, path))
+    return [path for _, path in sorted(found)]
+
+
 class Journal:
     """The records of one step, in a folder of their own.
 
@@ -251,7 +272,7 @@ class Journal:
 
     def records(self) -> Iterator[dict[str, Any] | None]:
         """Every record of every file in writing order; None for each torn or damaged one, which is reported."""
-        for path in sorted(self.folder.glob("*.jsonl")):
+        for path in journal_files(self.folder):
             offset = 0
             damaged: int | None = None
             with path.open("rb", buffering=1 << 20) as file:

@@ -58,6 +58,11 @@ class RowBook:
         self.errors[len(self.counts)] = error
         self.counts.append(0)
 
+    @property
+    def requests(self) -> int:
+        """How many there are."""
+        return len(self.keys) // ID_BYTES
+
     def __iter__(self) -> Iterator[tuple[list[bytes], Ending | None]]:
         """Keys and error of every row, in order."""
         at = 0
@@ -194,7 +199,7 @@ class Planner:
             where = InputError(
                 error.message if error.path is None else f"{error.path}: {error.message}",
                 path=self.storage.input_path,
-                row=self.tally.planned + 1,
+                row=self.tally.next_row,
                 field=error.field,
             )
             logger.warning("%s", where)
@@ -231,7 +236,7 @@ class Planner:
                 status, reason = ending_status, ending.reason
             elif ending is None:
                 tally.add_images(*index.sums(identity.key))
-        if pending and self._only is not None and tally.planned not in self._only:
+        if pending and self._only is not None and tally.next_row - 1 not in self._only:
             tally.skip()
             return
         tally.add_row([bytes.fromhex(request.request_id) for request in pending], status, reason)
@@ -272,13 +277,13 @@ class Planner:
 
     def _unreadable(self, key: bytes, row: Row | BadRow, error: ImageError) -> Ending:
         """The end of a request whose input image cannot be read now; the journal is not told: it may be there next."""
-        where = InputError(f"{error.path}: {error.message}", path=self.storage.input_path, row=self.tally.planned + 1)
+        where = InputError(f"{error.path}: {error.message}", path=self.storage.input_path, row=self.tally.next_row)
         logger.warning("%s", where)
         self.index.endings[key] = ending = Ending("failed", failure_reason(row, error), str(where))
         return ending
 
     def _end(self, key: bytes, ending: Ending) -> Ending:
-        logger.warning("row %d, request %s: %s", self.tally.planned + 1, key.hex(), ending.message)
+        logger.warning("row %d, request %s: %s", self.tally.next_row, key.hex(), ending.message)
         self.index.endings[key] = ending
         self.journal.append(ending_record(key.hex(), ending.status, ending.reason, ending.message))
         return ending

@@ -6,7 +6,7 @@ import sys
 import time
 from types import TracebackType
 
-from dataflow.runtime.tally import Tally
+from dataflow.runtime.tally import Tally, add_up
 from dataflow.types import Summary
 
 REFRESH_SECONDS = 0.2
@@ -18,12 +18,11 @@ class Progress:
     Args:
         name: the operator's.
         total: rows in the table, if known.
-        tally: what is shown.
         show: True or False; None shows it in terminals and notebooks only.
     """
 
-    def __init__(self, name: str, total: int | None, tally: Tally, show: bool | None) -> None:
-        self._tally = tally
+    def __init__(self, name: str, total: int | None, show: bool | None) -> None:
+        self._tally, self._before = Tally(), Summary()
         self._name, self._total = name, total
         self._show = _interactive() if show is None else show
         self._bar = None
@@ -45,22 +44,29 @@ class Progress:
             )
         return self
 
+    def follow(self, tally: Tally, before: Summary) -> None:
+        """From now on show this one, with what was counted before."""
+        self._tally, self._before = tally, before
+
     def update(self) -> None:
         """Show the tally as it is now; cheap enough to be called for every request."""
         now = time.monotonic()
         if self._bar is None or now - self._refreshed < REFRESH_SECONDS:
             return
-        tally = self._tally
+        counted = add_up("", (self._before, self._tally.summary("", self._tally.planned, 0.0)), 0.0)
+        settled = counted.rows - counted.pending
         self._refreshed = now
         if self._started is None:
             # The clock starts with the first image: what was done before says nothing about the rate.
-            self._started = (now, tally.settled, tally.made)
-        start, settled, made = self._started
-        postfix = _postfix(tally, now - start, tally.settled - settled, tally.made - made, self._total)
-        self._bar.set_postfix_str(postfix, refresh=False)
-        self._bar.update(tally.settled - self._shown)
+            self._started = (now, settled, counted.made)
+        start, first, made = self._started
+        postfix = _postfix(counted, now - start, settled - first, counted.made - made, self._total)
+        if self._tally.in_jobs:
+            postfix += f", {self._tally.in_jobs} in batch jobs"
+        self._bar.set_postfix_str(postfix.removeprefix(", "), refresh=False)
+        self._bar.update(settled - self._shown)
         self._bar.refresh()
-        self._shown = tally.settled
+        self._shown = settled
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -116,18 +122,17 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _postfix(tally: Tally, elapsed: float, settled: int, made: int, total: int | None) -> str:
+def _postfix(counted: Summary, elapsed: float, settled: int, made: int, total: int | None) -> str:
     parts: list[str] = []
     if elapsed > 0 and made:
         parts.append(f"{made / elapsed:.2f} images/s")
         if total and settled:
-            left = int((total - tally.settled) * elapsed / settled)
+            left = int((total - counted.rows + counted.pending) * elapsed / settled)
             parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
-    if tally.usd:
-        parts.append(f"${tally.usd:,.2f}" + (f" (${tally.usd / tally.images:.4f} per image)" if tally.images else ""))
-    if tally.in_jobs:
-        parts.append(f"{tally.in_jobs} in batch jobs")
-    parts += [f"{tally.counts[status]} {status}" for status in ("refused", "failed") if tally.counts[status]]
+    if counted.usd:
+        each = f" (${counted.usd / counted.images:.4f} per image)" if counted.images else ""
+        parts.append(f"${counted.usd:,.2f}{each}")
+    parts += [f"{count} {name}" for name, count in (("refused", counted.refused), ("failed", counted.failed)) if count]
     return ", ".join(parts)
 
 

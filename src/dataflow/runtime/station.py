@@ -31,46 +31,61 @@ class Station:
         self.room = Room()
         self.limiter = Limiter(worker.concurrency, halted, serving.requests_per_minute)
         self.closed: ServingError | ConfigError | None = None
+        self.starting: asyncio.Task[None] | None = None
 
 
 class Stations:
-    """All workers of a run. Those of a remote serving stand in for each other: the run ends with the last one.
+    """All workers of a run. They may stand in for each other: the run then ends with the last one.
 
     Args:
-        stations: at least one.
-        remote: whether they stand in for each other.
+        stations: all of them.
+        stand_in: whether they stand in for each other, as those of a remote serving do.
     """
 
-    def __init__(self, stations: Sequence[Station], *, remote: bool) -> None:
+    def __init__(self, stations: Sequence[Station], *, stand_in: bool) -> None:
         self.all = tuple(stations)
-        self._remote = remote
+        self._stand_in = stand_in
 
     def others(self, station: Station) -> bool:
         """Whether another station can take this one's work."""
-        return self._remote and any(other is not station and other.closed is None for other in self.all)
+        return self._stand_in and any(other is not station and other.closed is None for other in self.all)
 
-    async def start(self) -> None:
-        """Start every worker.
+    async def ready(self, station: Station, over: asyncio.Event) -> bool:
+        """Wait until a station's worker is started, which happens once.
+
+        Args:
+            station: which.
+            over: set when there is nothing left to do.
+
+        Returns:
+            False if there is nothing for it to do any more, or it does not start and others stand in for it.
 
         Raises:
-            FatalServingError: the serving does not load; of several endpoints, none does.
+            FatalServingError: the serving does not load; of several that stand in for each other, none does.
             ConfigError: likewise.
         """
-        tasks = [asyncio.create_task(self._start(station)) for station in self.all]
-        await asyncio.gather(*tasks)
-        errors = [station.closed for station in self.all if station.closed is not None]
-        if len(errors) == len(self.all):
-            raise errors[0]
-        for error in errors:
-            logger.warning("one endpoint is not used: %s", error)
-
-    async def _start(self, station: Station) -> None:
+        if station.starting is None:
+            station.starting = asyncio.create_task(station.worker.start())
+        waiting = asyncio.create_task(over.wait())
         try:
-            await station.worker.start()
+            await asyncio.wait((station.starting, waiting), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if not station.starting.done():
+            return False
+        try:
+            await station.starting
         except (FatalServingError, ConfigError) as error:
-            if not self._remote:
+            if not self._stand_in:
                 raise
-            station.closed = error
+            if station.closed is None:
+                station.closed = error
+                if self.others(station):
+                    logger.warning("one worker is not used: %s", error)
+            if not self.others(station):
+                raise next(each.closed for each in self.all if each.closed is not None) from None
+            return False
+        return True
 
     def close(self, station: Station, error: ServingError) -> bool:
         """No more work for this station; False if there is no other that could take it."""
@@ -78,9 +93,13 @@ class Stations:
             return False
         if station.closed is None:
             station.closed = error
-            logger.warning("one endpoint is given up, the others go on: %s", error)
+            logger.warning("one worker is given up, the others go on: %s", error)
         return True
 
     async def stop(self) -> None:
         """Stop every worker."""
+        starting = [station.starting for station in self.all if station.starting is not None]
+        for task in starting:
+            task.cancel()
+        await asyncio.gather(*starting, return_exceptions=True)
         await asyncio.gather(*(station.worker.stop() for station in self.all))

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dataflow.errors import BadRequestError, InputError
-from dataflow.io import ImageIO
 from dataflow.runtime.identity import Identifier
 from dataflow.runtime.journal import Index, Journal
+from dataflow.runtime.parts import Origins, cut, existing_images, identifier_of, is_mixed, lines_of_parts
 from dataflow.runtime.planner import checked_rows, failure_reason
 from dataflow.runtime.table import journal_folder
-from dataflow.runtime.tally import Tally, worse
+from dataflow.runtime.tally import Tally, add_up, worse
 from dataflow.types import BadRow, Draft, GenerationRequest, Plan, Serving, Status, Summary
 from dataflow.utils.storage import FileStorage
 
@@ -71,10 +71,46 @@ def survey(plan: Plan, serving: Serving, storage: FileStorage, prospect: Prospec
         InputError: the table cannot be read.
         ConfigError: the model the requests' identity depends on cannot be found.
     """
-    existing = serving.image_io.existing() if serving.image_io else ()
+    parts = cut(plan, serving, storage, lines_of_parts(storage))
+    if not parts:
+        return _survey(
+            plan, serving, storage, prospect, _index(serving, storage), identifier_of(plan, serving, storage)
+        )
+    mixed = is_mixed(storage, parts)
+    index = _index(serving, storage) if mixed else None
+    sums, origins = [], Origins()
+    for part in parts:
+        if part.is_finished(serving.image_io) and part.is_settled(None):
+            sums.append(part.summary())
+            origins.add(part)
+            if prospect is not None:
+                prospect.requests += part.known["requests"]
+            continue
+        identifier = identifier_of(plan, serving, part.storage, origins.count)
+        known = index or _index(serving, part.storage)
+        sums.append(_survey(plan, serving, part.storage, prospect, known, identifier))
+        origins.take(identifier.origins)
+    total = add_up(storage.step_name, sums, 0.0)
+    if index is not None:
+        total.usd, total.unpriced = index.usd, index.unpriced
+    return total
+
+
+def _index(serving: Serving, storage: FileStorage) -> Index:
     index = Journal(journal_folder(storage)).load()
-    index.verify(existing)
-    identifier = Identifier(serving, plan.seed, resolve=storage.resolve, digest=ImageIO(storage.cache_path).digest)
+    index.verify(existing_images(serving, index, storage))
+    return index
+
+
+def _survey(
+    plan: Plan,
+    serving: Serving,
+    storage: FileStorage,
+    prospect: Prospect | None,
+    index: Index,
+    identifier: Identifier,
+) -> Summary:
+    """The sum of a table, or of a part of one."""
     tally = Tally(usd=index.usd, unpriced=index.unpriced)
     for row in checked_rows(plan, storage):
         try:

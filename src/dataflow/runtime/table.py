@@ -13,7 +13,7 @@ from typing import Any
 
 from dataflow.errors import InputError, StepError
 from dataflow.runtime.planner import Planner, checked_rows
-from dataflow.runtime.tally import Tally, worst
+from dataflow.runtime.tally import SETTLED, Tally, worst
 from dataflow.types import BadRow, Drop, Forecast, Outcome, Plan, Row, Summary
 from dataflow.utils.storage import FileStorage, TableWriter
 from dataflow.utils.tables import MARK
@@ -21,7 +21,6 @@ from dataflow.utils.tables import MARK
 logger = logging.getLogger(__name__)
 
 Entry = tuple[Row | BadRow, Sequence[Outcome]]
-SETTLED = ("done", "refused", "failed", "dropped")
 
 
 def journal_folder(storage: FileStorage) -> Path:
@@ -29,8 +28,18 @@ def journal_folder(storage: FileStorage) -> Path:
     return Path(storage.cache_path) / "journal" / storage.step_name
 
 
-def write(plan: Plan, storage: FileStorage, planner: Planner, signature: Mapping[str, Any], seconds: float) -> Summary:
+def write(
+    plan: Plan, storage: FileStorage, planner: Planner, signature: Mapping[str, Any], seconds: float, **facts: object
+) -> Summary:
     """Write the step's table once all requests have ended; nothing is written if nothing changed.
+
+    Args:
+        plan: the step.
+        storage: at the step, or a part of its table.
+        planner: knows what every row asked for.
+        signature: of the input table when the step began.
+        seconds: the step took so far.
+        facts: further JSON values to keep with the sum.
 
     Raises:
         StepError: the input table changed while the step ran.
@@ -38,8 +47,8 @@ def write(plan: Plan, storage: FileStorage, planner: Planner, signature: Mapping
     tally = planner.tally
     store = planner.serving.image_io
     place = store.path("") if store else ""
-    facts = [plan.name, plan.outputs, plan.folding, signature, place]
-    state = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    basis = [plan.name, plan.outputs, plan.folding, storage.content_signature(), place]
+    state = hashlib.sha256(json.dumps(basis, sort_keys=True).encode())
     state.update(planner.book.keys)
     state.update(planner.book.counts.tobytes())
     state.update(repr(sorted(planner.index.endings.items())).encode(errors="replace"))
@@ -48,7 +57,7 @@ def write(plan: Plan, storage: FileStorage, planner: Planner, signature: Mapping
     known = load_summary(journal_folder(storage)) or {}
     output = storage.output_path
     unchanged = (
-        known.get("state") == digest and known.get("output_signature") == _signature(output) and "written" in known
+        known.get("state") == digest and known.get("output_signature") == signature_of(output) and "written" in known
     )
     entries = _entries(storage, planner)
     if unchanged:
@@ -57,13 +66,62 @@ def write(plan: Plan, storage: FileStorage, planner: Planner, signature: Mapping
         tally.reasons.update(known["reasons"])
         tally.written = known["written"]
     else:
-        _keep_other_table(plan, storage, known)
+        keep_other_table(plan, storage, known)
         tally.recount()
         _write_entries(plan, storage, tally, entries, signature)
     summary = tally.summary(storage.step_name, tally.planned, seconds)
     summary.output = str(output)
-    save_summary(plan, storage, summary, state=digest)
+    save_summary(plan, storage, summary, state=digest, **facts)
     return summary
+
+
+def write_joined(plan: Plan, storage: FileStorage, parts: Sequence[FileStorage], summary: Summary, state: str) -> None:
+    """Write the step's table from those of its parts, unless it is there already.
+
+    Args:
+        plan: the step.
+        storage: at the step.
+        parts: of its table, in order; each has its own table.
+        summary: of all of them; its ``output`` is set.
+        state: stands for all that the table was made from.
+
+    Raises:
+        StepError: a table cannot be read or written.
+    """
+    known = load_summary(journal_folder(storage)) or {}
+    output = storage.output_path
+    if known.get("state") != state or known.get("output_signature") != signature_of(output):
+        keep_other_table(plan, storage, known)
+        with storage.open_writer() as out, TableWriter(storage.dropped_path, "jsonl") as dropped:
+            for part in parts:
+                out.append(part.output_path)
+                if part.dropped_path.exists():
+                    dropped.append(part.dropped_path)
+        if not storage.dropped_path.stat().st_size:
+            storage.dropped_path.unlink()
+    summary.output = str(output)
+    save_summary(plan, storage, summary, state=state)
+
+
+def written_since(when: float, plan: Plan, storage: FileStorage) -> Summary | None:
+    """The sum of a step that another process ran since then over the table as it is; None if none did.
+
+    Args:
+        when: seconds since 1970, by the file system's clock.
+        plan: the step.
+        storage: at the step.
+    """
+    folder = journal_folder(storage)
+    known = load_summary(folder)
+    if not known or (folder / "summary.json").stat().st_mtime < when:
+        return None
+    same = (known["operator"], known["input"]) == (plan.name, str(storage.input_path))
+    table = storage.output_path
+    if not same or known["output"] != str(table) or known["output_signature"] != signature_of(table):
+        return None
+    if known.get("input_signature") != storage.input_signature():
+        return None
+    return Summary(**{name: known[name] for name in Summary.__slots__ if name != "forecast"})
 
 
 def fold_only(plan: Plan, storage: FileStorage) -> Summary:
@@ -74,11 +132,11 @@ def fold_only(plan: Plan, storage: FileStorage) -> Summary:
     if plan.prepare is not None:
         plan.prepare(checked_rows(plan, storage))
     entries: Iterator[Entry] = ((row, ()) for row in checked_rows(plan, storage))
-    _keep_other_table(plan, storage, load_summary(journal_folder(storage)) or {})
+    keep_other_table(plan, storage, load_summary(journal_folder(storage)) or {})
     _write_entries(plan, storage, tally, entries, signature)
     summary = tally.summary(storage.step_name, tally.planned, time.monotonic() - started)
     summary.output = str(storage.output_path)
-    save_summary(plan, storage, summary)
+    save_summary(plan, storage, summary, input_signature=signature)
     return summary
 
 
@@ -94,7 +152,7 @@ def save_summary(plan: Plan, storage: FileStorage, summary: Summary, **facts: ob
         "table_of": job if summary.output else known.get("table_of"),
         **{name: getattr(summary, name) for name in summary.__slots__},
         "seconds_in_all": before + summary.seconds,
-        "output_signature": _signature(storage.output_path),
+        "output_signature": signature_of(storage.output_path),
         **facts,
     }
     temporary = folder / "summary.json.tmp"
@@ -142,7 +200,7 @@ def _write_entries(
             try:
                 folded = plan.fold(row, outcomes)
             except InputError as error:
-                raise StepError(f"{storage.input_path}, row {tally.planned + 1}: {error}") from error
+                raise StepError(f"{storage.input_path}, row {tally.next_row}: {error}") from error
             if isinstance(folded, Drop):
                 tally.count("dropped", folded.reason)
                 dropped.write({"reason": folded.reason, **folded.details, "row": row})
@@ -151,7 +209,7 @@ def _write_entries(
                 error = InputError(
                     "this column name is reserved: rename the column",
                     path=storage.input_path,
-                    row=tally.planned + 1,
+                    row=tally.next_row,
                     field=MARK,
                 )
                 logger.warning("%s", error)
@@ -189,7 +247,7 @@ def _write_rows(plan: Plan, out: TableWriter, folded: Any) -> int:
     return written
 
 
-def _keep_other_table(plan: Plan, storage: FileStorage, known: Mapping[str, Any]) -> None:
+def keep_other_table(plan: Plan, storage: FileStorage, known: Mapping[str, Any]) -> None:
     """Move the table of another job out of the way instead of replacing it."""
     output = storage.output_path
     owner = known.get("table_of")
@@ -202,7 +260,8 @@ def _keep_other_table(plan: Plan, storage: FileStorage, known: Mapping[str, Any]
         )
 
 
-def _signature(path: Path) -> list[int] | None:
+def signature_of(path: Path) -> list[int] | None:
+    """Size and time of a file, None if there is none; they differ if it was changed."""
     try:
         status = path.stat()
     except FileNotFoundError:

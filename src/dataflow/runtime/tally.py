@@ -10,6 +10,10 @@ from typing import Literal
 
 from dataflow.types import Outcome, Status, Summary
 
+SETTLED = ("done", "refused", "failed", "dropped")
+SUMS = (*SETTLED, "pending", "images", "bytes", "usd", "unpriced", "written")
+"""Figures of a summary that say how a table stands, whichever run made it so."""
+
 _RANK: dict[Status, int] = {"done": 0, "refused": 1, "failed": 2}
 
 
@@ -27,6 +31,7 @@ class Tally:
     A row is ``failed`` if any of its requests failed, else ``refused`` if any was refused, else ``done``.
 
     Attributes:
+        before: rows of the table before the part of it that is counted.
         planned: rows seen so far.
         counts: settled rows by status.
         reasons: rows that are not done, by reason.
@@ -40,6 +45,7 @@ class Tally:
         written: rows of the step's table so far.
     """
 
+    before: int = 0
     planned: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
@@ -67,9 +73,14 @@ class Tally:
             for key in pending:
                 self._row_of[key] = row
 
+    @property
+    def next_row(self) -> int:
+        """Number in the table, from 1, of the row that is seen next."""
+        return self.before + self.planned + 1
+
     def row(self, key: bytes) -> int:
-        """Number, from 1, of the row that waits for a request."""
-        return self._row_of[key] + 1
+        """Number in the table, from 1, of the row that waits for a request."""
+        return self.before + self._row_of[key] + 1
 
     def add_done_row(self, images: int, size: int) -> None:
         """A row was planned of which everything was done before."""
@@ -146,6 +157,18 @@ class Tally:
         self.counts[status] += 1
         if status != "done":
             self.reasons[reason] += 1
+
+
+def add_up(step: str, sums: Iterable[Summary], seconds: float) -> Summary:
+    """The sum of several that are about different rows."""
+    found = Summary(step=step, seconds=seconds)
+    reasons: Counter[str] = Counter()
+    for each in sums:
+        for name in ("rows", *SUMS, "made", "adopted"):
+            setattr(found, name, getattr(found, name) + getattr(each, name))
+        reasons.update(each.reasons)
+    found.reasons = dict(reasons.most_common())
+    return found
 
 
 def worst(outcomes: Iterable[Outcome]) -> tuple[Status, str]:

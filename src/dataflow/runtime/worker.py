@@ -269,6 +269,8 @@ class ProcessWorker:
         child, self._child = self._child, None
         if child is None:
             return
+        if not self._loaded_once:
+            child.kill()  # nobody waits for a model that is not needed any more
         if child.process.poll() is None:
             try:
                 await asyncio.to_thread(child.send, pickle.dumps(("stop", 0, None)))
@@ -375,6 +377,18 @@ class _Child:
         self._answers.clear()
 
 
+def sendable(error: BaseException | None, body: Any) -> tuple[BaseException | None, Any]:
+    """An error and an answer as they can be sent to another process: what cannot becomes an error that says so."""
+    if error is not None and not isinstance(error, DataflowError | OSError):
+        error = ServingError(f"{type(error).__name__}: {error}", reason="crash")
+    try:
+        # A serving's own class of error may be packed and not come back.
+        pickle.loads(pickle.dumps((error, body)))  # noqa: S301  our own words
+    except Exception as problem:  # noqa: BLE001  whatever the class does when it is packed
+        return ServingError(f"the answer cannot be sent: {error or problem}", reason="crash"), None
+    return error, body
+
+
 async def _serve(connection: Connection) -> None:
     """The other side of a :class:`ProcessWorker`: answers until the parent stops it or is gone."""
     serving, fingerprint = pickle.loads(connection.recv_bytes())  # noqa: S301  our own parent's words
@@ -382,13 +396,7 @@ async def _serve(connection: Connection) -> None:
     tickets: dict[int, int] = {}
 
     def answer(what: str, ticket: int, error: BaseException | None, body: object) -> None:
-        try:
-            data = pickle.dumps((what, ticket, error, body))
-            pickle.loads(data)  # noqa: S301  a serving's own class of error may be packed and not come back
-        except Exception as problem:  # noqa: BLE001  whatever the class does when it is packed
-            why = ServingError(f"the answer cannot be sent: {error or problem}", reason="crash")
-            data = pickle.dumps((what, ticket, why, None))
-        connection.send_bytes(data)
+        connection.send_bytes(pickle.dumps((what, ticket, *sendable(error, body))))
 
     async def handle(what: str, ticket: int, body: Any) -> None:
         try:
@@ -397,10 +405,8 @@ async def _serve(connection: Connection) -> None:
                 answer(what, ticket, None, None)
             else:
                 answer(what, ticket, None, await worker.save(tickets.pop(ticket)))
-        except (DataflowError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  without an answer the parent would wait for ever
             answer(what, ticket, error, None)
-        except Exception as error:  # noqa: BLE001  unforeseen; without an answer the parent would wait for ever
-            answer(what, ticket, ServingError(f"{type(error).__name__}: {error}", reason="crash"), None)
 
     try:
         await worker.start()

@@ -33,6 +33,7 @@ from dataflow.serving.diffusers_call import Facts, effective, shared_key
 from dataflow.serving.diffusers_options import Options, Settings, parse_devices, parse_lora
 from dataflow.serving.diffusers_runner import Recipe, Runner
 from dataflow.serving.model_files import ModelFiles
+from dataflow.serving.transformers_model import gpus_of_copy
 from dataflow.types import GenerationRequest, GenerationResult, ImageStore, Serving, Task
 
 log = logging.getLogger(__name__)
@@ -174,6 +175,7 @@ class LocalImageGenServing(Serving):
                 threads=threads,
             ),
         )
+        self.num_gpus = gpus_of_copy(self._settings.devices)
         self._forget()
 
     def _forget(self) -> None:

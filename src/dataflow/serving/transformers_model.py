@@ -86,6 +86,7 @@ class TransformersServing(Serving):
             raise ConfigError(f"dtype must be fp32, bf16 or fp16, got {dtype!r}")
         self.dtype = dtype
         self.device = device if isinstance(device, str) else tuple(device)
+        self.num_gpus = gpus_of_copy(device)
         self.source = Source(
             name=os.fspath(model),
             revision=revision,
@@ -148,6 +149,12 @@ def fetched(files: ModelFiles) -> Path:
     if not any(next(folder.glob(pattern), None) for pattern in (_WEIGHTS, "*.bin")):
         raise ConfigError(f"{folder} has no weights (no file ending in .safetensors or .bin)")
     return folder
+
+
+def gpus_of_copy(device: str | Sequence[str]) -> float | None:
+    """How many GPUs one copy takes on a cluster: one, or with ``auto`` one where there are any."""
+    name = device if isinstance(device, str) else device[0]
+    return None if name == "auto" else float(name.startswith("cuda"))
 
 
 def devices(device: str | Sequence[str]) -> tuple[str, ...]:

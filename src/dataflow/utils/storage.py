@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import uuid
 import warnings
@@ -22,9 +23,11 @@ from dataflow.types import BadRow, Row
 from dataflow.utils.exact_json import dumps_row
 from dataflow.utils.tables import (
     MARK,
+    Piece,
     TableFormat,
     convert_rows,
     count_table,
+    cut_lines,
     frame_rows,
     is_frame,
     read_table,
@@ -159,6 +162,19 @@ class FileStorage:
         """
         return count_table(self.input_path, self._checked_input_format())
 
+    def pieces(self, lines: int) -> list[Piece]:
+        """This step's input as pieces of so many lines; none where it is not JSON Lines, which alone can be cut.
+
+        Raises:
+            StepError, ConfigError, InputError: as :meth:`iter_rows`.
+        """
+        return cut_lines(self.input_path, lines) if self._checked_input_format() == "jsonl" else []
+
+    @property
+    def rows_before(self) -> int:
+        """Rows of the table before the first that :meth:`iter_rows` gives."""
+        return 0
+
     def input_signature(self) -> dict[str, int]:
         """``size`` and ``mtime_ns`` of this step's input; they differ if the file was changed.
 
@@ -179,6 +195,14 @@ class FileStorage:
         if not stat.S_ISREG(status.st_mode):
             raise InputError("is a folder or a device; expected a file", path=path)
         return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+    def content_signature(self) -> object:
+        """JSON that differs if the rows that :meth:`iter_rows` gives were changed.
+
+        Raises:
+            StepError, InputError: as :meth:`input_signature`.
+        """
+        return self.input_signature()
 
     def _checked_input_format(self) -> TableFormat:
         kind = self.cache_type if self._current_step else self._first_entry_format()
@@ -326,6 +350,19 @@ class TableWriter:
             self._error = error
             raise _unwritable(self.path, error) from error
         self.rows += 1
+
+    def append(self, path: Path) -> None:
+        """Add the lines of a file that another writer of JSON Lines wrote.
+
+        Raises:
+            StepError: the file cannot be read, or the disk is full or failing. The table cannot be finished.
+        """
+        try:
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, self._file, _WRITE_BUFFER_BYTES)
+        except OSError as error:
+            self._error = error
+            raise _unwritable(self.path, error) from error
 
     def _refusal(self, message: str, column: object = None) -> InputError:
         field = column if isinstance(column, str) else None

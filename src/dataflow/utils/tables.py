@@ -15,11 +15,13 @@ CSV and Parquet are narrower than JSON, so tables written here carry a mark that
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import orjson
 
@@ -52,6 +54,26 @@ _FOREIGN = {
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
 }
+
+
+class Piece(NamedTuple):
+    """Whole lines of a JSON Lines file.
+
+    Attributes:
+        start: offset of the first byte.
+        end: offset behind the last one.
+        first_line: lines before it.
+        first_row: rows before it.
+        rows: in it; blank lines are none.
+        digest: sha256 of its bytes, in hex.
+    """
+
+    start: int
+    end: int
+    first_line: int
+    first_row: int
+    rows: int
+    digest: str
 
 
 def read_table(path: Path, kind: TableFormat) -> Iterator[Row | BadRow]:
@@ -116,11 +138,68 @@ def _show(raw: bytes) -> str:
 # JSON Lines ----------------------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
+def read_lines(path: Path, piece: Piece) -> Iterator[Row | BadRow]:
+    """The rows of a piece of a JSON Lines file, as :func:`read_table` gives those of all of it.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        yield from _read_jsonl(path, piece)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def cut_lines(path: Path, lines: int) -> list[Piece]:
+    """A JSON Lines file as pieces of ``lines`` lines; the last one may have fewer. An empty file has none.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    pieces: list[Piece] = []
+    start = offset = first_row = 0
+    left, rows, digest = lines, _LineCounter(), hashlib.sha256()
+
+    def end_piece() -> None:
+        nonlocal start, first_row, left, rows, digest
+        number = len(pieces)
+        pieces.append(Piece(start, offset, number * lines, first_row, rows.count, digest.hexdigest()))
+        start, first_row = offset, first_row + rows.count
+        left, rows, digest = lines, _LineCounter(), hashlib.sha256()
+
+    try:
+        with path.open("rb") as file:
+            _refuse_foreign(path, file.peek(4))
+            while block := file.read(_COUNT_BLOCK_BYTES):
+                while block:
+                    ends = block.count(b"\n")
+                    size = len(block) if ends < left else len(b"\n".join(block.split(b"\n", left)[:left])) + 1
+                    chunk, block = block[:size], block[size:]
+                    rows.feed(chunk)
+                    digest.update(chunk)
+                    offset += size
+                    left -= min(ends, left)
+                    if not left:
+                        end_piece()
+            if offset > start:
+                end_piece()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return pieces
+
+
+def _read_jsonl(path: Path, piece: Piece | None = None) -> Iterator[Row | BadRow]:
     with path.open("rb") as file:
         _refuse_foreign(path, file.peek(4))
         number = 0
-        while block := file.read(_BLOCK_BYTES) + file.readline():
+        left = sys.maxsize
+        if piece is not None:
+            file.seek(piece.start)
+            number, left = piece.first_line, piece.end - piece.start
+        while left > 0 and (block := file.read(min(left, _BLOCK_BYTES))):
+            if len(block) < left:
+                block += file.readline()
+            left -= len(block)
             # Looking for long integers once per block instead of once per line keeps this near the speed of orjson.
             parse = loads if may_hold_long_integers(block) else orjson.loads
             lines = block.split(b"\n")
@@ -153,19 +232,32 @@ def _not_an_object(value: Any) -> str:
     return f"expected a JSON object, found {names.get(type(value), 'a number')}{hint}"
 
 
+class _LineCounter:
+    """Counts lines that hold more than blanks, as :func:`_read_jsonl` counts them."""
+
+    def __init__(self) -> None:
+        self._ended, self._open = 0, False
+
+    def feed(self, block: bytes) -> None:
+        text = block.translate(None, _JSON_BLANKS)
+        while b"\n\n" in text:
+            text = text.replace(b"\n\n", b"\n")
+        if text:
+            self._ended += text.count(b"\n") - (text.startswith(b"\n") and not self._open)
+            self._open = not text.endswith(b"\n")
+
+    @property
+    def count(self) -> int:
+        return self._ended + self._open
+
+
 def _count_jsonl(path: Path) -> int:
-    """Lines that hold more than blanks, as :func:`_read_jsonl` counts them."""
-    count, open_line = 0, False
+    counter = _LineCounter()
     with path.open("rb") as file:
         _refuse_foreign(path, file.peek(4))
         for block in iter(lambda: file.read(_COUNT_BLOCK_BYTES), b""):
-            text = block.translate(None, _JSON_BLANKS)
-            while b"\n\n" in text:
-                text = text.replace(b"\n\n", b"\n")
-            if text:
-                count += text.count(b"\n") - (text.startswith(b"\n") and not open_line)
-                open_line = not text.endswith(b"\n")
-    return count + open_line
+            counter.feed(block)
+    return counter.count
 
 
 # JSON ----------------------------------------------------------------------------------------------------------------

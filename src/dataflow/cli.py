@@ -26,6 +26,7 @@ from dataflow.commands.export_options import add_export
 from dataflow.commands.options import DEFAULT_FOLDER, add_job_options, add_run_options
 from dataflow.commands.report_options import add_report
 from dataflow.commands.scoring_options import add_scoring
+from dataflow.commands.tune_options import add_tune
 from dataflow.commands.watch_options import add_watch
 from dataflow.errors import CacheBusyError, DataflowError, RunStoppedError, ServingError, StepError
 
@@ -65,6 +66,7 @@ _COMMANDS = {
     "calibrate": ("calibrate", "calibrate"),
     "benchmark": ("benchmark", "benchmark"),
     "distance": ("distance", "distance"),
+    "tune": ("tune", "tune"),
     "models": ("machine", "models"),
     "doctor": ("machine", "doctor"),
 }
@@ -345,6 +347,7 @@ def _add_looking(add) -> None:
     command.add_argument(
         "--tolerance", type=float, default=2, metavar="N", help="allowed difference in levels of 255 (default 2)"
     )
+    add_tune(add)
     command = add(
         "models",
         "what can be loaded",

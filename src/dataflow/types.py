@@ -249,6 +249,7 @@ class Serving(Protocol):
     Attributes:
         batch_size: largest number of requests per call of :meth:`generate`.
         concurrency: calls of :meth:`generate` that may be under way at once.
+        ahead: further calls whose requests are only made ready (pictures read) until it is their turn.
         image_io: where the images go; None for a serving that answers with text.
         images_per_prompt: how many images each prompt asks for.
         timeout: seconds one call of :meth:`generate` may take; None for no limit.
@@ -266,6 +267,7 @@ class Serving(Protocol):
 
     batch_size: int = 1
     concurrency: int = 1
+    ahead: int = 0
     image_io: ImageStore | None = None
     images_per_prompt: int = 1
     timeout: float | None = None

@@ -112,7 +112,7 @@ class RayWorker:
 
     def __init__(self, cluster: Cluster, serving: Serving, fingerprint: Mapping[str, Any], folder: Path) -> None:
         # One batch more than may be made at once waits over there, so that the way here and back costs no time.
-        self.concurrency = serving.concurrency + (not serving.remote)
+        self.concurrency = serving.concurrency + max(serving.ahead, int(not serving.remote))
         self._cluster = cluster
         self._timeout = None if serving.timeout is None else 2 * serving.timeout
         self._resources = cluster.resources(serving)
@@ -315,7 +315,7 @@ class _Hand:
         try:
             serving, fingerprint = cloudpickle.loads(payload)
             self._worker = InlineWorker(serving, fingerprint)
-            self._room = asyncio.Semaphore(serving.concurrency)
+            self._room = asyncio.Semaphore(serving.concurrency + serving.ahead)
             await self._worker.start()
         except (FatalServingError, ConfigError) as error:
             return sendable(error, None)

@@ -59,7 +59,7 @@ Item = Made | ServingError
 
 
 class Worker(Protocol):
-    """One copy of a serving at work. ``concurrency`` batches may be generated at once."""
+    """One copy of a serving at work. ``concurrency`` batches may be with it at once, those it makes ready included."""
 
     concurrency: int
 
@@ -86,7 +86,7 @@ class InlineWorker:
 
     def __init__(self, serving: Serving, fingerprint: Mapping[str, Any]) -> None:
         self.serving = serving
-        self.concurrency = serving.concurrency
+        self.concurrency = serving.concurrency + serving.ahead
         self._fingerprint = dict(fingerprint)
         self._tickets = itertools.count()
         self._held: dict[int, tuple[Sequence[GenerationRequest], list[GenerationResult]]] = {}
@@ -220,7 +220,7 @@ class ProcessWorker:
     """
 
     def __init__(self, serving: Serving, fingerprint: Mapping[str, Any]) -> None:
-        self.concurrency = serving.concurrency
+        self.concurrency = serving.concurrency + serving.ahead
         self._timeout = serving.timeout
         try:
             self._payload = pickle.dumps((serving, dict(fingerprint)))

@@ -105,6 +105,7 @@ class LocalImageGenServing(Serving):
     """
 
     concurrency = 1
+    num_cpus = None
 
     def __init__(
         self,

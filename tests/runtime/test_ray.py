@@ -357,7 +357,7 @@ def test_the_driver_is_killed(job):
     summary = job.run(job.serving(), **ON_RAY)
     assert summary.done == 60
     assert job.check_images() == 60
-    assert job.made().total() - 60 <= 2
+    assert job.made().total() - 60 <= 2 * 2, "what was being made, and what waited for it"
 
 
 def left_over(folder: str) -> list[str]:

@@ -346,6 +346,7 @@ class DataflowWorker:
     def __init__(self) -> None:
         self._worker: InlineWorker | None = None
         self._room = asyncio.Semaphore()
+        self._saving: dict[int, asyncio.Task[list[Item]]] = {}
         self._log = _Collector()
         logging.getLogger("dataflow").addHandler(self._log)
 
@@ -385,19 +386,20 @@ class DataflowWorker:
         return self._report(None)
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> Report:
-        """The ticket of the made batch."""
+        """The ticket of the made batch, whose pictures are written from now on: nobody has to be alive to ask for it."""
         assert self._worker is not None
         try:
             async with self._room:
-                return self._report(None, await self._worker.generate(requests))
+                ticket = await self._worker.generate(requests)
         except Exception as error:  # noqa: BLE001  the engine decides what it means
             return self._report(error)
+        self._saving[ticket] = asyncio.create_task(self._worker.save(ticket))
+        return self._report(None, ticket)
 
     async def save(self, ticket: int) -> Report:
         """What became of each request of a batch."""
-        assert self._worker is not None
         try:
-            return self._report(None, await self._worker.save(ticket))
+            return self._report(None, await self._saving.pop(ticket))
         except Exception as error:  # noqa: BLE001  the engine decides what it means
             return self._report(error)
 

@@ -126,7 +126,7 @@ def test_two_keys(api, dataflow, tmp_path, monkeypatch):
     words = ["--api-key-name", "OTHER", "--api-key-name", "DF_API_KEY"]
     code, _, err = dataflow("generate", prompts(tmp_path, 8), "-o", "out", *named(api, "chat"), *words)
     assert code == 0
-    assert "one endpoint is given up" in err
+    assert "one worker is given up" in err
     assert "key-that-is-wrong" not in err + (tmp_path / "out" / "job.toml").read_text()
 
 

@@ -10,12 +10,15 @@ record's sha256 tells; comparing a million of those takes minutes, so it is not 
 import hashlib
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import orjson
 import pytest
 
 PROMPTS = [f"thing {number}" for number in range(6)]
+
+HERE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 @pytest.fixture
@@ -165,7 +168,7 @@ def test_without_a_journal_an_image_of_another_row_is_not_adopted(done):
 
 def test_stubs_of_killed_writers_are_swept(done):
     folder = Path(done.check()[0]).parent
-    stub = folder / f".{'0' * 32}.4194305.abcdef01.tmp"
+    stub = folder / f".{'0' * 32}.4194305.{HERE}abcdef01.tmp"
     stub.write_bytes(b"half an image")
     assert done.run().made == 0
     assert not stub.exists()

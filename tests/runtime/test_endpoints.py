@@ -82,7 +82,7 @@ def test_an_endpoint_that_stops_for_good_leaves_its_work_to_the_other(pair, draw
         summary = draw(urls_of(pair))
     assert (summary.done, calls(pair[1])) == (24, 24)
     assert calls(pair[0]) <= 3  # those in flight
-    assert "one endpoint is given up, the others go on" in caplog.text
+    assert "one worker is given up, the others go on" in caplog.text
 
 
 def test_the_run_stops_with_the_last_endpoint(pair, draw):

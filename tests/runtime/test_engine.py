@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,8 @@ from dataflow.serving.fake_serving import FakeServing
 from dataflow.types import GenerationResult
 
 pytestmark = pytest.mark.usefixtures("no_waiting")
+
+HERE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 class TestOneRun:
@@ -214,7 +218,11 @@ class TestResume:
 
     def test_half_written_images_of_a_killed_run_are_swept(self, job):
         job.prompts("a").run()
-        torn = job.io.save_path / next(iter(job.image_files())).partition("/")[0] / f".{'0' * 32}.999999999.ab.tmp"
+        torn = (
+            job.io.save_path
+            / next(iter(job.image_files())).partition("/")[0]
+            / f".{'0' * 32}.999999999.{HERE}abcdabcd.tmp"
+        )
         torn.write_bytes(b"torn")
         job.run()
         assert not torn.exists()

@@ -238,8 +238,9 @@ class _Step:
 
     def _in_parts(self, only: frozenset[int] | None) -> Summary:
         signature = self.storage.input_signature()
-        self.mixed = is_mixed(self.storage, self.parts)
-        keep_layout(self.storage, self.parts, self.options.part_rows, mixed=self.mixed)
+        with self._alone():
+            self.mixed = is_mixed(self.storage, self.parts)
+            keep_layout(self.storage, self.parts, self.options.part_rows, mixed=self.mixed)
         while len(self.sums) < len(self.parts):
             before = len(self.sums)
             for number in range(len(self.parts)):
@@ -279,7 +280,7 @@ class _Step:
             if error.summary is not None:
                 self.sums[number] = error.summary
             error.summary = self._total()
-            with contextlib.suppress(OSError):  # on a full disk the sum is shown, not kept
+            with contextlib.suppress(OSError), self._alone():  # on a full disk the sum is shown, not kept
                 table.save_summary(self.plan, self.storage, error.summary)
             raise
         finally:
@@ -299,7 +300,9 @@ class _Step:
         origins = Origins()
         for each in earlier:
             if not each.origins_path.is_file():
-                find_origins(each, self.plan, self.serving)
+                found = find_origins(each, self.plan, self.serving)
+                with self._alone():
+                    save_origins(each, found)
             origins.add(each)
         context = Context(
             before=add_up("", self.sums.values(), 0.0),
@@ -317,7 +320,8 @@ class _Step:
                     f"stopped: another process has taken over {part.folder.name}, because this one has not been heard "
                     f"of for {sharing.DEAD_SECONDS:.0f} s. Nothing finished is lost: run again to go on"
                 )
-            save_origins(part, run.identifier.origins)
+            with self._alone():
+                save_origins(part, run.identifier.origins)
             return facts(part, run.index, run.planner.book.requests)
 
         summary = run.execute(kept)

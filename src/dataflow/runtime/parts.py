@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,21 +246,17 @@ def save_origins(part: Part, origins: bytes | bytearray) -> None:
         OSError: the file cannot be written.
     """
     part.folder.mkdir(parents=True, exist_ok=True)
-    temporary = part.origins_path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = part.origins_path.with_suffix(".tmp")
     _in_order(origins).tofile(temporary)
     temporary.replace(part.origins_path)
 
 
-def find_origins(part: Part, plan: Plan, serving: Serving) -> None:
-    """Plan the rows of a part that another process makes, for what they have in common with others.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+def find_origins(part: Part, plan: Plan, serving: Serving) -> bytearray:
+    """What the drafts of a part that another process makes have in common with identical ones: its rows are planned."""
     identifier = identifier_of(plan, serving, part.storage)
     for row in part.storage.iter_rows():
         _asks_for(plan, identifier, row)
-    save_origins(part, identifier.origins)
+    return identifier.origins
 
 
 def _in_order(origins: bytes | bytearray) -> np.ndarray:
@@ -291,7 +286,7 @@ def keep_layout(storage: FileStorage, parts: Sequence[Part], lines: int, *, mixe
     path = journal_folder(storage) / _LAYOUT
     path.parent.mkdir(parents=True, exist_ok=True)
     layout = {"lines": lines, "pieces": [part.storage.piece for part in parts], "mixed": mixed}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(layout))
     temporary.replace(path)
 

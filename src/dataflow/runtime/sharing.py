@@ -85,7 +85,7 @@ class Driver:
             if holder not in ("", self.name) and self._lives(holder):
                 return False
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{self.name}")
+            temporary = path.with_suffix(".tmp")
             temporary.write_text(self.name)
             temporary.replace(path)
             return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -156,7 +155,7 @@ def save_summary(plan: Plan, storage: FileStorage, summary: Summary, **facts: ob
         "output_signature": signature_of(storage.output_path),
         **facts,
     }
-    temporary = folder / f"summary.json.{os.getpid()}.tmp"
+    temporary = folder / "summary.json.tmp"
     # Not orjson: a folder's name may be no UTF-8.
     temporary.write_text(json.dumps(body, indent=2, default=_plain))
     temporary.replace(folder / "summary.json")

@@ -87,6 +87,7 @@ class LocalImageGenServing(Serving):
 
     concurrency = 1
     ahead = 1
+    num_cpus = None
 
     def __init__(
         self,

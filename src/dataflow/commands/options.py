@@ -103,6 +103,8 @@ def run_changes(args: argparse.Namespace) -> dict[str, Any]:
     """What the options of :func:`add_run_options` and ``--quiet`` change of the run's settings."""
     names = ("pilot", "share", "executor", "ray_address", "workers")
     changes = {name: getattr(args, name) for name in names if getattr(args, name, None)}
+    if changes.get("executor") == "local":
+        changes = {"ray_address": None, "workers": None} | changes  # those of the pipeline file mean another executor
     return changes | ({"quiet": True, "progress": False} if args.quiet else {})
 
 

@@ -9,7 +9,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import agreement, api, engine, export, imports, overhead, report, resume, scoring
+from benchmarks import agreement, api, engine, export, growth, imports, overhead, ray_executor, report, resume, scoring
 
 PACKAGES = ("torch", "diffusers", "pillow", "orjson", "openai", "aiohttp", "transformers", "faiss-cpu", "pyarrow")
 
@@ -24,7 +24,7 @@ def main() -> None:
         + ". Read ratios, not absolute times: the machine is shared.",
         "",
     ]
-    for benchmark in (overhead, engine, resume, imports, api, scoring, agreement, export, report):
+    for benchmark in (overhead, engine, resume, growth, ray_executor, imports, api, scoring, agreement, export, report):
         print(f"{benchmark.__name__} ...", file=sys.stderr)
         found = benchmark.run()
         for result in found if isinstance(found, list) else [found]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dataflow.io import ImageIO
 from dataflow.operators import PromptedImageEditGenerator, Text2ImageGenerator
+from dataflow.picture_files import open_file
 from dataflow.runtime.engine import RunOptions
 from dataflow.runtime.journal import Index, Journal
 from dataflow.serving.fake_serving import FakeServing, paint
@@ -125,7 +126,7 @@ class Job:
         assert facts["prompt"] == prompt
         assert facts["request_id"] == Path(path).stem
         request = GenerationRequest(request_id="", prompt=prompt, seed=facts["seed"], images=tuple(sources or ()))
-        with Image.open(path) as image:
+        with open_file(path) as file, Image.open(file) as image:
             assert image.tobytes() == paint(request, image.size).tobytes()
 
 

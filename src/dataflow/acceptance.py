@@ -20,6 +20,7 @@ from dataflow.errors import BudgetSpentError, ConfigError, InputError
 from dataflow.operators.evaluation import pictures
 from dataflow.pipeline import CompiledStep, Pipeline, Step
 from dataflow.runtime.engine import RunOptions, execute
+from dataflow.runtime.ray_cluster import kept_connection
 from dataflow.types import BadRow, Row, Summary
 from dataflow.utils.storage import FileStorage
 
@@ -124,6 +125,7 @@ class AcceptanceLoop(Pipeline):
         """As a pipeline's, with the columns that the loop adds."""
         return super().check_tables(_Asking(storage, np.zeros(0, np.int32)))
 
+    @kept_connection()
     def run(
         self, storage: FileStorage, options: RunOptions | None = None, *, first: int = 1, last: int | None = None
     ) -> list[Summary]:

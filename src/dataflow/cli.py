@@ -24,8 +24,10 @@ from typing import NoReturn
 from dataflow import __version__
 from dataflow.commands.export_options import add_export
 from dataflow.commands.options import DEFAULT_FOLDER, add_job_options, add_run_options
+from dataflow.commands.pack_options import add_pack
 from dataflow.commands.report_options import add_report
 from dataflow.commands.scoring_options import add_scoring
+from dataflow.commands.tune_options import add_tune
 from dataflow.commands.watch_options import add_watch
 from dataflow.errors import CacheBusyError, DataflowError, RunStoppedError, ServingError, StepError
 
@@ -59,12 +61,15 @@ _COMMANDS = {
     "watch": ("watch", "watch"),
     "report": ("report", "report"),
     "export": ("export", "export"),
+    "pack": ("pack", "pack"),
+    "unpack": ("pack", "unpack"),
     "retry": ("job", "retry"),
     "replay": ("replay", "replay"),
     "compare": ("compare", "compare"),
     "calibrate": ("calibrate", "calibrate"),
     "benchmark": ("benchmark", "benchmark"),
     "distance": ("distance", "distance"),
+    "tune": ("tune", "tune"),
     "models": ("machine", "models"),
     "doctor": ("machine", "doctor"),
 }
@@ -316,6 +321,7 @@ def _add_looking(add) -> None:
     add_watch(add)
     add_report(add)
     add_export(add)
+    add_pack(add)
     command = add(
         "retry",
         "try failed rows again",
@@ -345,6 +351,7 @@ def _add_looking(add) -> None:
     command.add_argument(
         "--tolerance", type=float, default=2, metavar="N", help="allowed difference in levels of 255 (default 2)"
     )
+    add_tune(add)
     command = add(
         "models",
         "what can be loaded",

@@ -11,8 +11,6 @@ import hashlib
 import logging
 import os
 import secrets
-import sqlite3
-import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from dataflow import atomic, packs, remote_files
+from dataflow import atomic, pack_indexes, packs, remote_files
 from dataflow.errors import ConfigError, InputError
 from dataflow.local_files import LocalFiles
 from dataflow.packs import Packed, Packs, Span
@@ -36,16 +34,9 @@ logger = logging.getLogger(__name__)
 SHARD_BYTES = 500_000_000
 MOST_IMAGES = 100_000
 """In one shard: what is held of each until the shard has its index."""
-FAN = 8
-"""So many indexes of one size become one of the next."""
 _READERS = 4
 _AHEAD = 16
 _SHOWN = 10
-
-_TABLE = (
-    "CREATE TABLE images (key BLOB PRIMARY KEY, shard INTEGER NOT NULL, offset INTEGER NOT NULL, size INTEGER NOT NULL,"
-    " sha256 BLOB NOT NULL, modified INTEGER NOT NULL) WITHOUT ROWID"
-)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -296,7 +287,9 @@ class _Packer:
             summary.before += 1
             summary.removed += self._remove(name, loose.status)
         else:
-            self._differing.pop(name, None)
+            if self._differing.pop(name, None) is not None:  # as an earlier record has it, which no longer counts
+                summary.differing -= 1
+                summary.before += 1
             self._add(name, loose)
 
     def _add(self, name: str, loose: _File) -> None:
@@ -320,7 +313,7 @@ class _Packer:
         self._temporary.replace(target)
         self._tar = None
         atomic.sync(self.folder)
-        _write_index(self.folder, Span(self._number, self._number, self._token), self._entries)
+        pack_indexes.write(self.folder, Span(self._number, self._number, self._token), self._entries)
         self._store = packs.packs_of(self.root)
         for name, status in self._statuses.items():
             self._remove(name, status)
@@ -330,7 +323,7 @@ class _Packer:
         self.summary.shards += 1
         self.tell(f"{target.name}: {len(self._entries):,} images, {size / 1e6:,.0f} MB")
         if self._store is not None:
-            _merge(self.folder, self._store, self._token, self._number)
+            pack_indexes.merge(self.folder, self._store, self._token, self._number)
         self._entries, self._statuses = {}, {}
         self._number += 1
 
@@ -379,99 +372,8 @@ def _recovered(root: Path, tell: Callable[[str], None]) -> Packs | None:
         span = Span(int(found[2]), int(found[2]), found[1])
         if not any(each.covers(span) for each in spans):
             tell(f"{shard}: has no index and gets one")
-            _write_index(folder, span, _listed(folder / shard))
+            pack_indexes.write(folder, span, pack_indexes.listed(folder / shard))
     return packs.packs_of(root)
-
-
-def _listed(shard: Path) -> dict[str, Packed]:
-    """What is in a shard, by its own bytes.
-
-    Raises:
-        InputError: it is no whole tar file.
-    """
-    entries: dict[str, Packed] = {}
-    modified = shard.stat().st_mtime_ns
-    try:
-        with tarfile.open(shard, "r:") as file:
-            for member in file:
-                data = file.extractfile(member) if packs.NAME.fullmatch(member.name) else None
-                if data is not None:
-                    sha256 = hashlib.file_digest(data, "sha256").digest()  # pyright: ignore[reportArgumentType]
-                    entries[member.name] = Packed(shard.name, member.offset_data, member.size, sha256, modified)
-                file.members = []  # else it holds all of them
-    except tarfile.TarError as error:
-        raise InputError(
-            f"is no whole pack ({error}): move it away, and its images are made again", path=shard
-        ) from error
-    return entries
-
-
-def _write_index(folder: Path, span: Span, entries: dict[str, Packed]) -> None:
-    rows = sorted(
-        (packs.key_of(name), span.last, entry.offset, entry.size, entry.sha256, entry.modified)
-        for name, entry in entries.items()
-    )
-
-    def fill(connection: sqlite3.Connection) -> None:
-        connection.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", rows)
-
-    _publish_index(folder, span, fill)
-
-
-def _publish_index(folder: Path, span: Span, fill: Callable[[sqlite3.Connection], None]) -> None:
-    """Write an index that appears under its name whole or not at all."""
-    target = folder / span.file
-    temporary = atomic.temporary_for(target)
-    try:
-        with closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
-            # Nobody sees the file before it is whole, and a broken one is written again.
-            connection.execute("PRAGMA journal_mode = OFF")
-            connection.execute("PRAGMA synchronous = OFF")
-            connection.execute(_TABLE)
-            connection.execute("BEGIN")
-            fill(connection)
-            connection.execute("COMMIT")
-        atomic.sync(temporary)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    atomic.sync(folder)
-
-
-def _merge(folder: Path, store: Packs, token: str, number: int) -> None:
-    """Make one index of many where a round number of shards is reached, so that few are to be searched."""
-    width = FAN
-    while (number + 1) % width == 0:
-        whole = Span(number, number + 1 - width, token)
-        parts = sorted(span for span in store.spans() if span != whole and whole.covers(span))
-        while len(parts) > 1:
-            some, parts = parts[:FAN], parts[FAN:]
-            merged = Span(some[-1].last, some[0].first, token)
-            _merge_few(folder, merged, some)
-            parts.insert(0, merged)
-        store.refresh()
-        width *= FAN
-
-
-def _merge_few(folder: Path, merged: Span, parts: list[Span]) -> None:
-    columns = "key, shard, offset, size, sha256, modified"
-
-    def fill(connection: sqlite3.Connection) -> None:
-        # In the order of the keys, for a compact file; of two of one image the newer shard's comes last and stays.
-        together = " UNION ALL ".join(f"SELECT {columns} FROM part{n}.images" for n in range(len(parts)))
-        connection.execute(f"INSERT OR REPLACE INTO images SELECT {columns} FROM ({together}) ORDER BY key, shard")  # noqa: S608 - our own names
-
-    def attached(connection: sqlite3.Connection) -> None:
-        connection.execute("COMMIT")  # nothing can be attached within a transaction
-        for number, part in enumerate(parts):
-            connection.execute("ATTACH ? AS part" + str(number), (str(folder / part.file),))
-        connection.execute("BEGIN")
-        fill(connection)
-
-    _publish_index(folder, merged, attached)
-    for part in parts:
-        (folder / part.file).unlink()
 
 
 # Unpacking

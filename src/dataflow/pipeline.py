@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Protocol
 from dataflow.errors import ConfigError, InputError
 from dataflow.places import Place
 from dataflow.runtime.engine import RunOptions, execute
+from dataflow.runtime.ray_cluster import kept_connection
 from dataflow.types import BadRow, Plan, Summary
 from dataflow.utils.storage import FileStorage
 from dataflow.utils.tables import require
@@ -164,6 +165,7 @@ class Pipeline:
         storage.reset()
         return compiled
 
+    @kept_connection()
     def run(
         self, storage: FileStorage, options: RunOptions | None = None, *, first: int = 1, last: int | None = None
     ) -> list[Summary]:

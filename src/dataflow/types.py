@@ -253,6 +253,7 @@ class Serving(Protocol):
     Attributes:
         batch_size: largest number of requests per call of :meth:`generate`.
         concurrency: calls of :meth:`generate` that may be under way at once.
+        ahead: further calls whose requests are only made ready (pictures read) until it is their turn.
         image_io: where the images go; None for a serving that answers with text.
         images_per_prompt: how many images each prompt asks for.
         timeout: seconds one call of :meth:`generate` may take; None for no limit.
@@ -261,15 +262,19 @@ class Serving(Protocol):
         masks: a request may have a mask; one that has none here is refused before any work.
         remote: the work is done elsewhere; the replicas are connections that share this process, and one that fails
             for good leaves its work to the others.
-        num_cpus: CPUs that one copy takes on a cluster.
+        num_cpus: CPUs that one copy takes on a cluster. None for one beside a GPU, and else for a machine's share among
+            its copies, which is all of them with one copy on each.
         num_gpus: GPUs, or a share of one, likewise; None for one where the cluster has any.
-        memory_gb: 10^9 bytes of main memory, likewise; None for what is left.
+        memory_gb: 10^9 bytes of main memory, likewise; None takes no account of it.
+        environment: names of the environment variables that :meth:`setup` reads (keys): they are sent along to other
+            machines.
         detached: a call of :meth:`generate` only waits for a batch job that goes on without it, named by the requests'
             ``job``. It may be given up at any time: the same requests with the same name find the job again.
     """
 
     batch_size: int = 1
     concurrency: int = 1
+    ahead: int = 0
     image_io: ImageStore | None = None
     images_per_prompt: int = 1
     timeout: float | None = None
@@ -277,9 +282,10 @@ class Serving(Protocol):
     reproducible: bool = True
     masks: bool = False
     remote: bool = False
-    num_cpus: float = 1.0
+    num_cpus: float | None = 1.0
     num_gpus: float | None = 0.0
     memory_gb: float | None = None
+    environment: tuple[str, ...] = ()
     detached: bool = False
 
     def fingerprint(self) -> Mapping[str, Any]:

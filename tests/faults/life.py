@@ -5,8 +5,8 @@ and forks a life for every job on standard input, so that a hundred lives cost s
 and on the next line with its wait status. The life stays unreaped in between, so that its pid is nobody else's.
 
 A job is JSON: ``table``, ``cache``, ``images``, ``serving`` (arguments), ``kind`` (``fake`` or ``local``), ``task``
-(``draw`` or ``edit``), ``options`` (of the run), and ``kill_at``: SIGKILL itself at the n-th step towards the disk
-(0: count the steps into ``cache/../steps``).
+(``draw`` or ``edit``; or ``pack`` or ``unpack`` what was made, with ``shard_bytes``), ``options`` (of the run), and
+``kill_at``: SIGKILL itself at the n-th step towards the disk (0: count the steps into ``cache/../steps``).
 """
 
 import importlib
@@ -47,10 +47,19 @@ def main():
 def live(job):
     if job.get("kill_at") is not None:
         steps = count_steps(job["kill_at"])
-    summary = run(job)
+    summary = keep(job) if job.get("task") in ("pack", "unpack") else run(job)
     if job.get("kill_at") == 0:
         Path(job["cache"], "..", "steps").write_text(str(next(steps)))
+    if summary is None:
+        return
     Path(job["cache"], "..", "summary").write_text(f"{summary.rows} {summary.done} {summary.made} {summary.adopted}")
+
+
+def keep(job):
+    from dataflow import packing
+
+    given = {"shard_bytes": job["shard_bytes"]} if job["task"] == "pack" else {}
+    getattr(packing, job["task"])(job["cache"], images=job["images"], **given)
 
 
 def run(job, **options):

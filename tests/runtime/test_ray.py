@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import random
 import shutil
@@ -29,7 +30,8 @@ from dataflow.errors import (  # noqa: E402
     RunStoppedError,
 )
 from dataflow.runtime import crew  # noqa: E402
-from dataflow.runtime.ray_worker import Cluster, _Hand  # noqa: E402
+from dataflow.runtime.ray_cluster import Cluster  # noqa: E402
+from dataflow.runtime.ray_worker import DataflowWorker, _Cargo  # noqa: E402
 from dataflow.serving.fake_serving import FakeServing  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
@@ -159,24 +161,45 @@ def test_as_many_workers_as_there_is_room_for(job):
 
 
 class TestResources:
-    def test_what_a_copy_asks_for(self):
-        cluster, serving = Cluster(None, None), FakeServing()
-        assert cluster.resources(serving) == {"num_cpus": 1.0, "num_gpus": 0.0}
-        assert cluster.count(serving) == 3
-        serving.num_cpus, serving.memory_gb = 1.5, 0.5
-        assert cluster.resources(serving) == {"num_cpus": 1.5, "num_gpus": 0.0, "memory": 5e8}
-        assert cluster.count(serving) == 2
+    @pytest.fixture
+    def asked(self, tmp_path):
+        """What a copy takes, and how many there are."""
 
-    def test_a_gpu_where_there_are_any(self, monkeypatch):
-        cluster, serving = Cluster(None, None), FakeServing()
-        serving.num_gpus = None
-        assert cluster.resources(serving)["num_gpus"] == 0.0
-        monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": 4.0})
-        assert (cluster.resources(serving)["num_gpus"], cluster.count(serving)) == (1.0, 4)
-        serving.num_gpus = 0.5
-        assert cluster.count(serving) == 8
-        serving.remote = True
-        assert cluster.count(serving) == 1, "one on each machine"
+        def find(workers=None, remote=False, **takes):
+            cluster, serving = Cluster(None, workers, tmp_path), FakeServing()
+            serving.remote = remote
+            for name, value in takes.items():
+                setattr(serving, name, value)
+            wanted = cluster.resources(serving)
+            return {name: amount for name, amount in wanted.items() if amount}, cluster.count(serving, wanted)
+
+        return find
+
+    def test_on_this_machine(self, asked):
+        assert asked() == ({"num_cpus": 1.0}, 3)
+        assert asked(num_cpus=1.5, memory_gb=0.5) == ({"num_cpus": 1.5, "memory": 500_000_000}, 2)
+        assert asked(num_cpus=None, num_gpus=None) == ({"num_cpus": 3.0}, 1)
+        assert asked(workers=2, num_cpus=None) == ({"num_cpus": 1.0}, 2)
+        assert asked(num_cpus=0.0) == ({}, 1)
+
+    def test_on_machines_of_several_kinds(self, asked, monkeypatch):
+        machines = [{"memory": 1e11}, {"CPU": 6.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}]
+        monkeypatch.setattr(Cluster, "machines", lambda self: machines)
+        assert asked(num_gpus=None) == ({"num_cpus": 1.0, "num_gpus": 1.0}, 5)
+        assert asked(num_gpus=None, num_cpus=None) == ({"num_cpus": 1.0, "num_gpus": 1.0}, 5)
+        assert asked(num_gpus=0.4) == ({"num_cpus": 1.0, "num_gpus": 0.4}, 12), "no copy on halves of two GPUs"
+        assert asked(num_cpus=7) == ({"num_cpus": 7}, 3)
+        assert asked(num_cpus=None) == ({"num_cpus": 6.0}, 4), "each machine with CPUs can take one"
+        assert asked(num_cpus=None, workers=6) == ({"num_cpus": 3.0}, 6)
+        assert asked(remote=True) == ({"num_cpus": 1.0}, 3), "one on each machine that has room"
+
+    def test_more_than_any_machine_has(self, asked, monkeypatch, caplog):
+        with caplog.at_level(logging.WARNING):
+            assert asked(num_gpus=2.0)[1] == 1
+        assert "no machine of the cluster has what a copy of FakeServing takes (num_cpus=1, num_gpus=2)" in caplog.text
+        monkeypatch.setattr(Cluster, "private", True)
+        with pytest.raises(ConfigError, match="the cluster is this machine alone"):
+            asked(num_gpus=2.0)
 
 
 class Service(FakeServing):
@@ -250,17 +273,21 @@ class TestWhatIsWrong:
             job.prompts("a").run(NotToBePacked(job.io), **ON_RAY)
 
     def test_machines_that_do_not_see_the_folders_or_have_another_version(self, tmp_path):
-        def told(*places: object) -> str:
-            error, _ = asyncio.run(_Hand().load(b"", *map(str, places)))
+        def told(folder=None, marks=None, version=__version__) -> str:
+            cargo = _Cargo(
+                payload=b"", folder=str(folder or Path.cwd()), marks=marks or {}, environment={}, version=version
+            )
+            error, _, _ = asyncio.run(DataflowWorker().arrive(cargo))
             assert isinstance(error, FatalServingError)
             return str(error)
 
-        assert "does not see" in told(tmp_path / "nowhere", tmp_path, __version__)
-        where = Path.cwd()
-        assert f"does not see the cache folder {tmp_path}. The folder must lie" in told(
-            where, tmp_path / ".seen-0", __version__
-        )
-        assert "has version" in told(where, tmp_path, "0.0.0")
+        assert f"does not see the working directory {tmp_path}/nowhere: No such" in told(tmp_path / "nowhere")
+        mark = tmp_path / ".seen-0"
+        expected = f"does not see the folder {tmp_path}. It must lie on a disk that all machines"
+        assert expected in told(marks={str(mark): "word"})
+        mark.write_text("of another folder of the same name")
+        assert expected in told(marks={str(mark): "word"})
+        assert f"has open-dataflow {__version__}, not 0.0.0" in told(version="0.0.0")
 
     @pytest.mark.parametrize(
         ("address", "message"),
@@ -269,10 +296,10 @@ class TestWhatIsWrong:
             ("ray://head:10001", "start this on a machine of the clus"),
         ],
     )
-    def test_a_cluster_that_is_not_there(self, monkeypatch, address, message):
+    def test_a_cluster_that_is_not_there(self, monkeypatch, job, address, message):
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
         with pytest.raises(ConfigError, match=message):
-            Cluster(address, None)
+            job.prompts("a").run(executor="ray", ray_address=address)
 
     def test_without_the_library(self, job, monkeypatch):
         monkeypatch.setitem(sys.modules, "ray", None)
@@ -330,7 +357,7 @@ def test_the_driver_is_killed(job):
     summary = job.run(job.serving(), **ON_RAY)
     assert summary.done == 60
     assert job.check_images() == 60
-    assert job.made().total() - 60 <= 2 * 2, "one being made and one that waits, for each worker"
+    assert job.made().total() - 60 <= 2 * 2, "what was being made, and what waited for it"
 
 
 def left_over(folder: str) -> list[str]:

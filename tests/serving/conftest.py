@@ -1,6 +1,7 @@
 """Tiny untrained pipelines, built once per run: the real classes and file formats, a few thousand weights."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -170,12 +171,22 @@ def picture(tmp_path):
 @pytest.fixture
 def fake_runner():
     """Makes a runner around anything callable that plays the pipeline."""
+    from dataflow.serving.capabilities import Capabilities
+    from dataflow.serving.diffusers_options import Options
     from dataflow.serving.diffusers_runner import Runner
 
-    def make(pipe, floats=True):
+    def make(pipe, floats=True, **options):
         runner = object.__new__(Runner)
-        runner._torch, runner._device, runner._pipe, runner.provenance = torch, "cpu", pipe, {}
-        runner._recipe = SimpleNamespace(pipeline="FakePipeline", floats=floats, device="cpu", folder="model")
+        runner._torch, runner.device, runner.pipe, runner._facts = torch, "cpu", pipe, {}
+        runner._once, runner._restore = logging.Filter(), None
+        runner._attention, runner._free_at, runner._warm, runner.warm_up_seconds = [], 0.0, set(), 0.0
+        runner._recipe = SimpleNamespace(
+            pipeline="FakePipeline",
+            capabilities=Capabilities(name="FakePipeline", floats=floats),
+            device="cpu",
+            folder="model",
+            options=Options(**options),
+        )
         return runner
 
     return make

@@ -1,11 +1,13 @@
+import asyncio
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from PIL import Image
 
+from dataflow.io import ImageIO
 from dataflow.serving.capabilities import TABLE
+from dataflow.serving.diffusers_batches import Batches
 from dataflow.serving.diffusers_call import Job, call_arguments
 from dataflow.serving.local_image_gen_serving import LocalImageGenServing
 from dataflow.types import GenerationRequest
@@ -72,12 +74,16 @@ def test_several_references_reach_the_pipeline_together(flux_folder, tmp_path, m
         pipeline_kwargs={"height": 32, "width": 32, "max_sequence_length": 16},
     )  # fmt: skip
     calls = []
-    output = SimpleNamespace(images=np.full((1, 8, 8, 3), 0.5))
-    serving._runner = fake_runner(lambda **arguments: calls.append(arguments) or output)
+    output = SimpleNamespace(images=torch.full((1, 3, 8, 8), 0.5))
+    runner = fake_runner(lambda **arguments: calls.append(arguments) or output)
+    batches = Batches(
+        runner, serving._facts(), serving._settings, most=4, reader=ImageIO(tmp_path), check=serving.check
+    )
     requests = [request(n, images=(picture("a.png"), picture("b.png", (20, 10)))) for n in range(2)]
-    results = serving._generate(requests)
+    results = asyncio.run(batches.generate(requests))
     assert all(result.error is None for result in results)
     assert [[image.size for image in call["image"]] for call in calls] == [[(32, 32), (20, 10)]] * 2
     assert [call["generator"].initial_seed() for call in calls] == [0, 1]
+    batches.close()
     assert "num_images_per_prompt" not in calls[0]
     assert calls[0]["negative_prompt"] == " "

@@ -141,7 +141,7 @@ def test_compile_and_offload_use_diffusers_own_interfaces():
     ]
     assert calls[3][2]["use_stream"] is True
     with pytest.raises(ConfigError, match="attention_backend: SimpleNamespace has no set_attention_backend"):
-        diffusers_options.apply(pipe, diffusers_options.Options(attention_backend="native"))
+        diffusers_options.set_attention(pipe, "native")
     with pytest.raises(ConfigError, match="no transformer or unet"):
         diffusers_options.denoiser_name({"vae": 1})
 

@@ -85,7 +85,14 @@ def test_errors_hold_no_tensors_alive(fake_runner):
 @pytest.fixture
 def answers(fake_runner):
     """What becomes of a pipeline's answer to two seeds."""
-    return lambda **output: fake_runner(lambda **arguments: SimpleNamespace(**output)).run([1, 2], {})
+
+    def ask(**output):
+        if isinstance(images := output.get("images"), np.ndarray):
+            output["images"] = torch.from_numpy(images).permute(0, 3, 1, 2)
+        runner = fake_runner(lambda **arguments: SimpleNamespace(**output))
+        return runner.finish(*runner.run([1, 2], {}))[0]
+
+    return ask
 
 
 def test_nan_and_black_pictures_are_failures_of_their_own(answers):
@@ -111,7 +118,7 @@ def test_nan_and_black_pictures_are_failures_of_their_own(answers):
 def test_a_model_that_computes_nan(flux_folder, loaded):
     serving = loaded(flux_folder)
     with torch.no_grad():
-        serving._runner._pipe.transformer.proj_out.weight.fill_(float("nan"))
+        serving.runner.pipe.transformer.proj_out.weight.fill_(float("nan"))
     (result,) = run(serving, [request()])
     assert isinstance(result.error, BadOutputError)
     assert result.error.reason == "nan"
@@ -238,7 +245,7 @@ def test_accelerator_caches_are_emptied(monkeypatch, fake_runner):
     emptied = []
     for device in ("cuda:0", "mps", "cpu"):
         runner = fake_runner(None)
-        runner._torch, runner._device = fake_torch(cuda=1), device
+        runner._torch, runner.device = fake_torch(cuda=1), device
         runner._torch.cuda.empty_cache = lambda device=device: emptied.append(device)
         runner._torch.mps.empty_cache = lambda device=device: emptied.append(device)
         runner._empty_cache()

@@ -121,7 +121,7 @@ def test_cleanup_frees_and_setup_loads_again(flux_folder, loaded):
     serving = loaded(flux_folder)
     serving.setup()  # a second time is nothing
     before = pixels(run(serving, [request(5)])[0])
-    weights = weakref.ref(serving._runner._pipe.transformer)
+    weights = weakref.ref(serving.runner.pipe.transformer)
     serving.cleanup()
     serving.cleanup()
     gc.collect()
@@ -130,16 +130,14 @@ def test_cleanup_frees_and_setup_loads_again(flux_folder, loaded):
         run(serving, [request(5)])
     serving.setup()
     assert (pixels(run(serving, [request(5)])[0]) == before).all()
-    assert not any(thread.name.startswith("pipeline") for thread in threading.enumerate()) or serving._thread
+    assert not any(thread.name.startswith("pipeline") for thread in threading.enumerate()) or serving.runner
 
 
 def test_one_thread_calls_the_pipeline(flux_folder, loaded, monkeypatch):
     serving = loaded(flux_folder)
     threads = []
-    original = serving._generate
-    monkeypatch.setattr(
-        serving, "_generate", lambda requests: threads.append(threading.get_ident()) or original(requests)
-    )
+    original = serving._batches._made
+    monkeypatch.setattr(serving._batches, "_made", lambda jobs: threads.append(threading.get_ident()) or original(jobs))
     for number in range(3):
         run(serving, [request(number)])
     assert len(set(threads)) == 1

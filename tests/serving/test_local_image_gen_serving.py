@@ -26,7 +26,7 @@ def request(number=0, prompt="a red circle", **more):
 def test_it_is_a_serving():
     serving = LocalImageGenServing(batch_size=4, diffuser_num_images_per_prompt=3)
     assert isinstance(serving, Serving)
-    assert (serving.batch_size, serving.concurrency, serving.images_per_prompt) == (4, 1, 3)
+    assert (serving.batch_size, serving.concurrency, serving.ahead, serving.images_per_prompt) == (4, 1, 1, 3)
     assert serving.image_io is None
 
 

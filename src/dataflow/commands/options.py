@@ -59,6 +59,14 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     add_run_options(group)
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What a local model is and how it is run, without a table and an output."""
+    _image_options(parser)
+    _model_options(parser)
+    _speed_options(parser)
+    parser.set_defaults(api=None, fake=False)
+
+
 def add_run_options(group: argparse._ActionsContainer) -> None:
     """What may be said of one run of a job, and is no part of the job."""
     group.add_argument(
@@ -95,6 +103,8 @@ def run_changes(args: argparse.Namespace) -> dict[str, Any]:
     """What the options of :func:`add_run_options` and ``--quiet`` change of the run's settings."""
     names = ("pilot", "share", "executor", "ray_address", "workers")
     changes = {name: getattr(args, name) for name in names if getattr(args, name, None)}
+    if changes.get("executor") == "local":
+        changes = {"ray_address": None, "workers": None} | changes  # those of the pipeline file mean another executor
     return changes | ({"quiet": True, "progress": False} if args.quiet else {})
 
 
@@ -241,17 +251,30 @@ def _speed_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", choices=("auto", "bf16", "fp16", "fp32"), help="default auto: bf16 on a GPU, fp32 on the CPU")
     add("--compile", choices=("regional", "full"), help="torch.compile the repeated blocks, or all of the denoiser")
-    add("--attention", "attention_backend", metavar="NAME", help="diffusers' attention backend, such as _native_cudnn")
-    add("--quantization", metavar="NAME", help="torchao:int8wo, torchao:fp8wo, bnb:4bit, …")
+    add(
+        "--attention",
+        "attention_backend",
+        metavar="NAME",
+        help="auto: the fastest for this GPU; or diffusers' name of one, such as _native_cudnn",
+    )
+    add("--quantization", metavar="NAME", help="torchao:int8wo, torchao:fp8wo, bnb:4bit, …; auto: fp8 where it pays")
     add("--step-cache", metavar="NAME", help="first_block:0.08 or taylorseer:5; faster and lossy")
     add(
         "--offload",
         choices=("model", "sequential", "group"),
         help="weights wait on the CPU, for models that do not fit",
     )
-    add("--vae-slicing", action="store_const", const=True, help="decode one image at a time")
+    add("--vae-slicing", action="store_const", const=True, help="decode one image at a time (default: large batches)")
     add("--vae-tiling", action="store_const", const=True, help="decode in tiles, for very large images")
+    add("--vae-tiling-auto", "vae_tiling", action="store_const", const="auto", help="decode large images in tiles")
     add("--channels-last", action="store_const", const=True, help="memory format of the convolutions")
+    add(
+        "--text-encoders",
+        choices=("keep", "offload"),
+        help="offload: they wait on the CPU while nothing is encoded (default keep)",
+    )
+    add("--prompt-cache-mb", type=int, metavar="N", help="memory for encoded prompts that come again (default 512)")
+    add("--threads", type=_from_one, metavar="N", help="of the CPU (default: torch's choice)")
 
 
 def _api_options(parser: argparse.ArgumentParser) -> None:

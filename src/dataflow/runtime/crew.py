@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent import futures
-from pathlib import Path
 from typing import Any
 
 from dataflow.errors import RunInterruptedError, RunStoppedError
-from dataflow.runtime.ray_worker import Cluster, RayPool, RayWorker
+from dataflow.runtime.ray_cluster import Cluster
+from dataflow.runtime.ray_worker import workers_on
 from dataflow.runtime.station import Station, Stations
 from dataflow.runtime.worker import InlineWorker, ProcessWorker, Worker
 from dataflow.types import Serving
@@ -32,7 +32,6 @@ class Crew:
 
     Args:
         serving: whose replicas they run.
-        folder: the cache folder.
         cluster: where they run; None for this machine.
 
     Attributes:
@@ -41,43 +40,41 @@ class Crew:
         interrupted: by Ctrl-C; None if it was not.
     """
 
-    def __init__(self, serving: Serving, folder: Path, cluster: Cluster | None = None) -> None:
-        self._serving, self._folder, self._cluster = serving, folder, cluster
-        self.stations = Stations([], stand_in=serving.remote)
+    def __init__(self, serving: Serving, cluster: Cluster | None = None) -> None:
+        self._serving, self._cluster = serving, cluster
+        # On a cluster machines come and go: what one cannot do another can.
+        self._stand_in = serving.remote or cluster is not None
+        self.stations = Stations([], stand_in=self._stand_in)
         self.halted = asyncio.Event()
         self.interrupted: RunInterruptedError | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._given_up = False
 
-    def gather(self, fingerprint: Mapping[str, Any]) -> None:
+    async def gather(self, fingerprint: Mapping[str, Any]) -> None:
         """Make the workers, if they are not there yet; each is started by the first of its lanes.
 
         Args:
             fingerprint: what the images' metadata says of the model.
+
+        Raises:
+            ConfigError: there is no cluster, or no place on it for the serving.
+            OSError: a folder cannot be written.
         """
         if self.stations.all:
             return
-        serving = self._serving
-        if self._cluster is not None and not serving.detached:
-            workers = self._on_cluster(self._cluster, fingerprint)
+        if self._cluster is None:
+            workers = self._here(fingerprint)
         else:
-            replicas = serving.replicas()
-            kind = InlineWorker if len(replicas) == 1 or serving.remote else ProcessWorker
-            workers = [(kind(each, fingerprint), each) for each in replicas]
+            await asyncio.to_thread(self._cluster.connect)
+            workers = workers_on(self._cluster, self._serving, fingerprint)
         stations = [Station(worker, each, self.halted) for worker, each in workers]
-        self.stations = Stations(stations, stand_in=serving.remote or self._cluster is not None)
+        self.stations = Stations(stations, stand_in=self._stand_in)
 
-    def _on_cluster(self, cluster: Cluster, fingerprint: Mapping[str, Any]) -> list[tuple[Worker, Serving]]:
-        """An actor for each copy; of a remote serving several for each endpoint, whose limits they share."""
-        serving, count = self._serving, cluster.count(self._serving)
-
-        def actor(of: Serving) -> RayWorker:
-            return RayWorker(cluster, of, fingerprint, self._folder)
-
-        if not serving.remote:
-            return [(actor(serving), serving) for _ in range(count)]
-        return [(RayPool([actor(each) for _ in range(count)]), each) for each in serving.replicas()]
+    def _here(self, fingerprint: Mapping[str, Any]) -> list[tuple[Worker, Serving]]:
+        replicas = self._serving.replicas()
+        kind = InlineWorker if len(replicas) == 1 or self._serving.remote else ProcessWorker
+        return [(kind(each, fingerprint), each) for each in replicas]
 
     def run(self, main: Callable[[], Coroutine[Any, Any, None]], stop: Callable[[RunStoppedError], None]) -> None:
         """Run a coroutine in the loop and wait for it, also through Ctrl-C.
@@ -119,6 +116,8 @@ class Crew:
         with contextlib.suppress(KeyboardInterrupt, TimeoutError):
             _wait(stopping, GIVE_UP_SECONDS if self._given_up else None)
         self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._cluster is not None:
+            self._cluster.close()
         if stopping.done():
             self._thread.join()
             self._loop.close()

@@ -45,7 +45,7 @@ from dataflow.runtime.parts import (
 )
 from dataflow.runtime.planner import Planner
 from dataflow.runtime.progress import Progress, describe
-from dataflow.runtime.ray_worker import Cluster
+from dataflow.runtime.ray_cluster import Cluster, kept_connection, require_ray
 from dataflow.runtime.sharing import Driver
 from dataflow.runtime.station import Station
 from dataflow.runtime.tally import Tally, add_up
@@ -80,8 +80,8 @@ class RunOptions:
         share: make the step together with other processes that are run with the same options, on this machine or on
             others that see the same folders. Tables of several parts are shared part by part.
         executor: ``local`` works on this machine, ``ray`` on a Ray cluster.
-        ray_address: of the cluster (``auto``, ``host:6379``); None takes the one this process is connected to, or
-            starts one on this machine.
+        ray_address: of the cluster (``auto``, ``host:6379``); None takes the one that this process is connected to or
+            that ``RAY_ADDRESS`` names, or starts one on this machine for the run.
         workers: copies of the model on the cluster, or processes for each endpoint of a service; None for as many as
             there is room for, or one on each machine. Those for which there is no room join when there is.
     """
@@ -113,18 +113,18 @@ def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None)
 
     Raises:
         InputError: the table cannot be read, or lacks a column the plan needs.
-        ConfigError: the serving cannot be used as it is set up, or the step would overwrite the user's table.
+        ConfigError: the serving cannot be used as it is set up, options do not go together, or the step would overwrite
+            the user's table.
         CacheBusyError: another process writes to this cache folder.
         RunStoppedError: the run ended early (Ctrl-C, too many failures, a full disk, a service that is gone).
             Everything finished is kept, the old table of the step is untouched, and the next run goes on.
     """
     options = options or RunOptions()
+    _check(options)
     storage.open_writer()  # writes nothing yet, but refuses a step that would overwrite the user's table
-    if options.share and (options.budget_usd is not None or options.pilot is not None):
-        raise ConfigError("share=True goes with neither budget_usd nor pilot: one process alone can keep count")
     folder = Path(storage.cache_path)
     entered = sharing.join(folder) if options.share else sharing.alone(folder)
-    with _readable_disk_errors(storage), entered as driver:
+    with kept_connection(), _readable_disk_errors(storage), entered as driver:
         try:
             summary = _execute(plan, storage, options, driver)
         except RunStoppedError as error:
@@ -136,6 +136,20 @@ def execute(plan: Plan, storage: FileStorage, options: RunOptions | None = None)
         if summary.forecast is not None:
             print(describe_forecast(summary.forecast), file=sys.stderr)
     return summary
+
+
+def _check(options: RunOptions) -> None:
+    """Raise ConfigError for options that do not go together."""
+    if options.share and (options.budget_usd is not None or options.pilot is not None):
+        raise ConfigError("share=True goes with neither budget_usd nor pilot: one process alone can keep count")
+    if options.executor == "ray":
+        require_ray()
+    elif options.executor != "local":
+        raise ConfigError(f"executor must be 'local' or 'ray', got {options.executor!r}")
+    elif options.ray_address is not None or options.workers is not None:
+        raise ConfigError("ray_address and workers go with executor='ray' (--executor ray)")
+    if options.workers is not None and options.workers < 1:
+        raise ConfigError(f"workers must be a whole number from 1, got {options.workers!r}")
 
 
 def _execute(plan: Plan, storage: FileStorage, options: RunOptions, driver: Driver | None) -> Summary:
@@ -177,8 +191,9 @@ class _Step:
         self.plan, self.serving, self.storage, self.options, self.driver = plan, serving, storage, options, driver
         self.started = time.monotonic()
         self.parts = cut(plan, serving, storage, options.part_rows)
-        cluster = Cluster(options.ray_address, options.workers) if options.executor == "ray" else None
-        self.crew = Crew(serving, Path(storage.cache_path), cluster)
+        ray = options.executor == "ray" and not serving.detached
+        cluster = Cluster(options.ray_address, options.workers, Path(storage.cache_path)) if ray else None
+        self.crew = Crew(serving, cluster)
         self.sums: dict[int, Summary] = {}
         self.mixed = False
         self.index: Index | None = None
@@ -444,7 +459,7 @@ class _Run:
         if first is None:
             return
         self._given_back = [first]
-        self.crew.gather(self.identifier.fingerprint)
+        await self.crew.gather(self.identifier.fingerprint)
         self.stations = self.crew.stations
         try:
             ticker = asyncio.create_task(self._tick())
@@ -474,21 +489,23 @@ class _Run:
             self.progress.update()
 
     async def _lane(self, station: Station) -> None:
-        try:
-            if not await self.stations.ready(station, self._over):
-                return
-        except FatalServingError as error:
-            stop = RunStoppedError(f"stopped: {error}")
-            stop.__cause__ = error
-            self.stop(stop)
-            return
-        while station.closed is None and (batch := await self._pull()) is not None:
+        while await self._ready(station) and (batch := await self._pull()) is not None:
             try:
                 await self.maker.make(station, batch)
             except OSError as error:
                 self.stop(RunStoppedError(_disk_message(error)))
             if self.stations.others(station):
                 await station.limiter.ready()
+
+    async def _ready(self, station: Station) -> bool:
+        """Wait until the station can work; False if there is nothing for it to do."""
+        try:
+            return await self.stations.ready(station, self._over)
+        except FatalServingError as error:
+            stop = RunStoppedError(f"stopped: {error}")
+            stop.__cause__ = error
+            self.stop(stop)
+            return False
 
     async def _pull(self) -> Try | None:
         """The next batch; None when there is none and none can come any more."""

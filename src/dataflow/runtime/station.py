@@ -51,7 +51,7 @@ class Stations:
         return self._stand_in and any(other is not station and other.closed is None for other in self.all)
 
     async def ready(self, station: Station, over: asyncio.Event) -> bool:
-        """Wait until a station's worker is started, which happens once.
+        """Wait until a station's worker can work; one that is not up is started, also for the second time.
 
         Args:
             station: which.
@@ -64,17 +64,21 @@ class Stations:
             FatalServingError: the serving does not load; of several that stand in for each other, none does.
             ConfigError: likewise.
         """
-        if station.starting is None:
-            station.starting = asyncio.create_task(station.worker.start())
-        waiting = asyncio.create_task(over.wait())
-        try:
-            await asyncio.wait((station.starting, waiting), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-        if not station.starting.done():
+        if station.closed is not None or over.is_set():
             return False
+        if station.starting is None or (station.starting.done() and not station.worker.up):
+            station.starting = asyncio.create_task(station.worker.start())
+        starting = station.starting
+        if not starting.done():
+            waiting = asyncio.create_task(over.wait())
+            try:
+                await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiting.cancel()
+            if not starting.done():
+                return False
         try:
-            await station.starting
+            starting.result()
         except (FatalServingError, ConfigError) as error:
             if not self._stand_in:
                 raise

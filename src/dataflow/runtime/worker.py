@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -59,9 +59,18 @@ Item = Made | ServingError
 
 
 class Worker(Protocol):
-    """One copy of a serving at work. ``concurrency`` batches may be generated at once."""
+    """One copy of a serving at work.
+
+    Attributes:
+        concurrency: batches that may be with it at once, those it makes ready included.
+    """
 
     concurrency: int
+
+    @property
+    def up(self) -> bool:
+        """Whether it can take a batch, once it was started; if not, it is to be started again."""
+        ...
 
     async def start(self) -> None: ...
 
@@ -84,9 +93,11 @@ class InlineWorker:
         fingerprint: what the images' metadata says of the model.
     """
 
+    up = True
+
     def __init__(self, serving: Serving, fingerprint: Mapping[str, Any]) -> None:
         self.serving = serving
-        self.concurrency = serving.concurrency
+        self.concurrency = serving.concurrency + serving.ahead
         self._fingerprint = dict(fingerprint)
         self._tickets = itertools.count()
         self._held: dict[int, tuple[Sequence[GenerationRequest], list[GenerationResult]]] = {}
@@ -219,8 +230,10 @@ class ProcessWorker:
     module again, so that scripts need no ``if __name__ == "__main__"`` and CUDA can be used.
     """
 
+    up = True  # a process that died is replaced when the next batch comes
+
     def __init__(self, serving: Serving, fingerprint: Mapping[str, Any]) -> None:
-        self.concurrency = serving.concurrency
+        self.concurrency = serving.concurrency + serving.ahead
         self._timeout = serving.timeout
         try:
             self._payload = pickle.dumps((serving, dict(fingerprint)))
@@ -377,13 +390,21 @@ class _Child:
         self._answers.clear()
 
 
-def sendable(error: BaseException | None, body: Any) -> tuple[BaseException | None, Any]:
-    """An error and an answer as they can be sent to another process: what cannot becomes an error that says so."""
+def sendable(
+    error: BaseException | None, body: Any, dumps: Callable[[object], bytes] = pickle.dumps
+) -> tuple[BaseException | None, Any]:
+    """An error and an answer as they can be sent to another process: what cannot becomes an error that says so.
+
+    Args:
+        error: what went wrong.
+        body: what went well.
+        dumps: how they will be packed.
+    """
     if error is not None and not isinstance(error, DataflowError | OSError):
         error = ServingError(f"{type(error).__name__}: {error}", reason="crash")
     try:
         # A serving's own class of error may be packed and not come back.
-        pickle.loads(pickle.dumps((error, body)))  # noqa: S301  our own words
+        pickle.loads(dumps((error, body)))  # noqa: S301  our own words
     except Exception as problem:  # noqa: BLE001  whatever the class does when it is packed
         return ServingError(f"the answer cannot be sent: {error or problem}", reason="crash"), None
     return error, body

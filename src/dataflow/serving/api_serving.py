@@ -107,6 +107,7 @@ class ApiServing(Serving):
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be more than 0, got {value!r}")
         self.endpoints = _endpoints(api_url, key_name_of_api_key, self.own_path)
+        self.environment = tuple(dict.fromkeys(name for _, name in self.endpoints))
         if batch_jobs and len(self.endpoints) > 1:
             raise ConfigError("batch_jobs goes with one endpoint: a job is only found again where it was sent")
         self.model = model_name

@@ -23,6 +23,11 @@ NICKNAMES = {"FLUX": "FluxPipeline", "FLUX-Kontext": "FluxKontextPipeline"}
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
+Encoded = Literal["rows", "shared", "ragged", "mask"]
+"""What a value that ``encode_prompt`` returns is: ``rows``, a tensor with a row per prompt, all of one length;
+``shared``, the same for all prompts; ``ragged``, rows padded with zeros to the longest of the call; ``mask``, the ones
+and zeros that go with those, or None where nothing is padded."""
+
 OWN = frozenset(
     {
         "callback",
@@ -77,6 +82,8 @@ class Capabilities:
         batch_edit: the same for edits.
         tag: put before the prompt for every input image (``{}`` is its number), where the class wants one.
         floats: can return pictures as floats, in which NaN is still visible.
+        encoding: what each value that ``encode_prompt`` returns is, where prompts may be encoded apart from the call
+            (:mod:`dataflow.serving.prompt_embeddings`); empty where they may not, or nobody looked.
         known: stands in the table; what is said of others is guessed, with caution.
     """
 
@@ -96,7 +103,13 @@ class Capabilities:
     batch_edit: bool = False
     tag: str = ""
     floats: bool = True
+    encoding: tuple[Encoded, ...] = ()
     known: bool = True
+
+    @property
+    def fixed_text(self) -> bool:
+        """Whether every prompt is padded to one length, so that shapes do not depend on words."""
+        return bool(self.encoding) and "ragged" not in self.encoding
 
 
 _WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944))
@@ -119,7 +132,9 @@ def _edit(name: str, steps: int, guidance: float | None, **facts: Any) -> Capabi
     return _text(name, steps, guidance, **({"image": "image", "text2image": False} | facts))
 
 
-_FLUX = {"negative": "true_cfg", "extra": {"true_cfg_scale": 1.0}}
+_ROWS: dict[str, Any] = {"encoding": ("rows", "rows")}
+_FOUR_ROWS: dict[str, Any] = {"encoding": ("rows",) * 4}
+_FLUX = {"negative": "true_cfg", "extra": {"true_cfg_scale": 1.0}, "encoding": ("rows", "rows", "shared")}
 # without a negative prompt Qwen's guidance is silently off; a blank is what its authors use
 _QWEN = {"negative": "true_cfg", "extra": {"true_cfg_scale": 4.0, "negative_prompt": " "}}
 _PIX2PIX = {"extra": {"image_guidance_scale": 1.5}}
@@ -139,20 +154,22 @@ TABLE: Mapping[str, Capabilities] = {
         _edit("Flux2Pipeline", 50, 4.0, negative="never", **_REFERENCES, **_BOTH),
         _edit("Flux2KleinPipeline", 50, 4.0, negative="never", **_REFERENCES, **_BOTH),
         _edit("Flux2KleinKVPipeline", 4, None, negative="never", **_REFERENCES, **_BOTH),
-        _text("QwenImagePipeline", 50, None, **_QWEN),
+        _text("QwenImagePipeline", 50, None, encoding=("ragged", "mask"), **_QWEN),
         # in a batch the images that its text encoder sees are not resized, alone they are: never together
         _edit("QwenImageEditPipeline", 50, None, **_QWEN),
         _edit("QwenImageEditPlusPipeline", 50, None, **_QWEN, **_REFERENCES),
-        _text("StableDiffusionPipeline", 50, 7.5, multiple=8),
+        _text("StableDiffusionPipeline", 50, 7.5, multiple=8, **_ROWS),
         _text("LatentConsistencyModelPipeline", 4, 8.5, multiple=8, negative="never"),
-        _edit("StableDiffusionImg2ImgPipeline", 50, 7.5, strength=0.8, multiple=8, sized=False, **_BATCH),
+        _edit("StableDiffusionImg2ImgPipeline", 50, 7.5, strength=0.8, multiple=8, sized=False, **_ROWS, **_BATCH),
         _edit("StableDiffusionInstructPix2PixPipeline", 100, 7.5, multiple=8, sized=False, **_PIX2PIX, **_BATCH),
-        _text("StableDiffusionXLPipeline", 50, 5.0, multiple=8),
-        _edit("StableDiffusionXLImg2ImgPipeline", 50, 5.0, strength=0.3, multiple=8, sized=False, **_BATCH),
+        _text("StableDiffusionXLPipeline", 50, 5.0, multiple=8, **_FOUR_ROWS),
+        _edit(
+            "StableDiffusionXLImg2ImgPipeline", 50, 5.0, strength=0.3, multiple=8, sized=False, **_FOUR_ROWS, **_BATCH
+        ),
         _edit("StableDiffusionXLInstructPix2PixPipeline", 100, 5.0, multiple=8, follow="area", **_PIX2PIX, **_BATCH),
-        _text("StableDiffusion3Pipeline", 28, 7.0),
-        _edit("StableDiffusion3Img2ImgPipeline", 50, 7.0, strength=0.6, follow="area", **_BATCH),
-        _text("SanaPipeline", 20, 4.5, multiple=32),
+        _text("StableDiffusion3Pipeline", 28, 7.0, **_FOUR_ROWS),
+        _edit("StableDiffusion3Img2ImgPipeline", 50, 7.0, strength=0.6, follow="area", **_FOUR_ROWS, **_BATCH),
+        _text("SanaPipeline", 20, 4.5, multiple=32, **_FOUR_ROWS),
         _text("SanaSprintPipeline", 2, 4.5, multiple=32, negative="never"),
         _text("ZImagePipeline", 50, 5.0, free=0.0),
         _edit("ZImageOmniPipeline", 50, 5.0, free=0.0, batch_text=False, **_REFERENCES, **_BOTH),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from dataflow.errors import BadRequestError
 from dataflow.serving.capabilities import COUNTS, Capabilities, Size, negative_works
 from dataflow.serving.model_files import ModelFiles
 from dataflow.types import GenerationRequest
+
+WARM_UP_STEPS = 2
+"""The first step of some schedulers is not like the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,3 +107,34 @@ def call_arguments(capabilities: Capabilities, jobs: Sequence[Job]) -> dict[str,
         if capabilities.follow == "kontext":
             arguments["max_area"] = width * height  # else it overrides both
     return arguments
+
+
+def warm_up_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call with the same shapes that takes as few steps as there may be."""
+    steps = arguments.get("num_inference_steps")
+    if steps is None or any(arguments.get(name) is not None for name in ("timesteps", "sigmas")):
+        return dict(arguments)
+    strength = float(arguments.get("strength") or 1.0)
+    # an image to begin with leaves only that share of the steps
+    return {**arguments, "num_inference_steps": min(steps, math.ceil(WARM_UP_STEPS / strength))}
+
+
+def taken_steps(arguments: Mapping[str, Any]) -> int:
+    """Steps that a call with these arguments takes, at least 1."""
+    for name in ("sigmas", "timesteps"):
+        if arguments.get(name) is not None:
+            return max(1, len(arguments[name]))
+    # 1 where the pipeline alone knows how many: it takes as many in every call
+    return max(1, int(arguments.get("num_inference_steps", 1) * float(arguments.get("strength") or 1.0)))
+
+
+def padded(jobs: Sequence[Job], count: int) -> list[Job]:
+    """The jobs, the last one again and again until there are ``count``."""
+    return [*jobs, *[jobs[-1]] * (count - len(jobs))]
+
+
+def shape_key(capabilities: Capabilities, job: Job, count: int) -> Hashable:
+    """Equal for calls whose tensors have equal shapes, as far as the arguments tell."""
+    guided = negative_works(capabilities, job.params)
+    images = tuple(image.size for image in job.images)
+    return job.size, images, count, guided, job.negative is None, job.params.get("max_sequence_length")

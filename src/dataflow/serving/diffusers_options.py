@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dataflow.errors import ConfigError, MissingExtraError
+from dataflow.serving.accelerators import EXACT_ATTENTION
+from dataflow.types import Task
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +26,19 @@ TORCHAO = {
     "fp8dq": "Float8DynamicActivationFloat8WeightConfig",
 }
 """Short names of torchao's configurations; its class names work too."""
+
+FASTEST_FP8 = "torchao:fp8dq"
+"""What ``quantization="auto"`` comes to where it pays."""
+
+SLICING_PIXELS = 4 * 1024 * 1024
+"""Pixels of a batch above which ``vae_slicing="auto"`` decodes one picture at a time."""
+
+TILING_PIXELS = 2 * 1024 * 1024
+"""Pixels of a picture above which ``vae_tiling="auto"`` decodes it in tiles. A number and not what memory is left:
+tiles change pixels, so that they must follow from the request alone."""
+
+RECOMPILE_LIMIT = 64
+"""Shapes that one compiled block may have; torch's own limit of 8 is less than the sizes of one model."""
 
 
 def import_library(name: str) -> Any:
@@ -52,28 +67,66 @@ class Options:
     quantization: str | Mapping[str, Any] | None = None
     step_cache: str | None = None
     offload: Literal["model", "sequential", "group"] | None = None
-    vae_slicing: bool = False
-    vae_tiling: bool = False
+    vae_slicing: bool | Literal["auto"] = "auto"
+    vae_tiling: bool | Literal["auto"] = False
     channels_last: bool = False
+    text_encoders: Literal["keep", "offload"] = "keep"
+    prompt_cache_mb: int = 512
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("compile", self.compile, (False, True, "regional", "full"))
         _one_of("offload", self.offload, (None, "model", "sequential", "group"))
+        _one_of("vae_slicing", self.vae_slicing, (False, True, "auto"))
+        _one_of("vae_tiling", self.vae_tiling, (False, True, "auto"))
+        _one_of("text_encoders", self.text_encoders, ("keep", "offload"))
+        _whole("prompt_cache_mb", self.prompt_cache_mb, 0)
+        if self.threads is not None:
+            _whole("threads", self.threads, 1)
+        if self.offload is not None and self.text_encoders == "offload":
+            raise ConfigError(f"offload={self.offload!r} moves the text encoders already: leave text_encoders out")
         if self.step_cache is not None:
             parse_step_cache(self.step_cache)
-        if isinstance(self.quantization, str):
+        if isinstance(self.quantization, str) and self.quantization != "auto":
             _split_quantization(self.quantization)
 
     def identity(self) -> dict[str, Any]:
-        """The options that change pixels beyond rounding, as JSON; those that are off left out."""
+        """The options that change pixels beyond rounding, as JSON; those that are off left out.
+
+        ``quantization="auto"`` stands as such: what it came to is in each image's provenance.
+        """
+        exact = self.attention_backend == "auto" or self.attention_backend in EXACT_ATTENTION
         facts = {
             "scheduler": self.scheduler,
-            "attention_backend": self.attention_backend,
+            "attention_backend": None if exact else self.attention_backend,
             "quantization": self.quantization,
             "step_cache": self.step_cache,
             "vae_tiling": self.vae_tiling,
         }
         return {name: value for name, value in facts.items() if value}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the constructor of a local serving was told, checked; all that a copy of it needs.
+
+    :class:`~dataflow.serving.local_image_gen_serving.LocalImageGenServing` says what each one means.
+    """
+
+    model: str | None
+    cache_dir: str | None
+    local_dir: str | None
+    revision: str | None
+    variant: str | None
+    local_files_only: bool
+    task: Task
+    pipeline: str | None
+    params: Mapping[str, Any]
+    dtype: str
+    devices: tuple[str, ...]
+    lora: tuple[tuple[str, float], ...]
+    strict: bool
+    options: Options
 
 
 def parse_step_cache(text: str) -> tuple[str, float]:
@@ -182,8 +235,13 @@ def place(pipe: Any, options: Options, device: str) -> None:
         )
 
 
-def apply(pipe: Any, options: Options) -> None:
-    """Switch on what the options name, on a loaded pipeline.
+def apply(pipe: Any, options: Options, *, fixed_shapes: bool = False) -> None:
+    """Switch on what the options name, on a loaded pipeline. Attention is :func:`set_attention`'s.
+
+    Args:
+        pipe: it.
+        options: see there.
+        fixed_shapes: every shape is seen again and again, so that each is worth code of its own when compiled.
 
     Raises:
         ConfigError: the pipeline has no such thing.
@@ -191,23 +249,80 @@ def apply(pipe: Any, options: Options) -> None:
     denoiser = getattr(pipe, denoiser_name(pipe.components))
     if options.scheduler is not None:
         pipe.scheduler = _scheduler(options.scheduler).from_config(pipe.scheduler.config)
-    if options.attention_backend is not None:
-        require(denoiser, "set_attention_backend", "attention_backend")(options.attention_backend)
     if options.step_cache is not None:
         require(denoiser, "enable_cache", "step_cache")(_cache_config(options.step_cache))
-    if options.vae_slicing:
+    if options.vae_slicing is True:
         require(pipe.vae, "enable_slicing", "vae_slicing")()
-    if options.vae_tiling:
+    if options.vae_tiling is True:
         require(pipe.vae, "enable_tiling", "vae_tiling")()
     if options.channels_last:
         torch = import_library("torch")
         for module in (denoiser, pipe.vae):
             if all(parameter.dim() != 5 for parameter in module.parameters()):
                 module.to(memory_format=torch.channels_last)
-    if options.compile == "full":
-        denoiser.compile()
-    elif options.compile:
-        require(denoiser, "compile_repeated_blocks", "compile")()
+    if options.compile:
+        _compile(denoiser, whole=options.compile == "full", fixed_shapes=fixed_shapes)
+
+
+def _compile(denoiser: Any, *, whole: bool, fixed_shapes: bool) -> None:
+    dynamo = importlib.import_module("torch._dynamo")
+    limit = "recompile_limit" if hasattr(dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(dynamo.config, limit, max(getattr(dynamo.config, limit), RECOMPILE_LIMIT))
+    dynamic = False if fixed_shapes else None
+    if whole:
+        denoiser.compile(dynamic=dynamic)
+        return
+    try:
+        require(denoiser, "compile_repeated_blocks", "compile")(dynamic=dynamic)
+    except ValueError as error:
+        raise ConfigError(f"compile='regional': {type(denoiser).__name__}: {error} compile='full' works") from error
+
+
+def set_attention(pipe: Any, name: str) -> None:
+    """Have the denoiser compute its attention with the back end of that name.
+
+    Raises:
+        ConfigError: there is none of that name, the denoiser takes none, or what it needs is not installed.
+    """
+    denoiser = getattr(pipe, denoiser_name(pipe.components))
+    choose = require(denoiser, "set_attention_backend", "attention_backend")
+    # diffusers makes the last choice the default of every model in the process, which is none of this one's business
+    dispatch = importlib.import_module("diffusers.models.attention_dispatch")
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)  # it calls every choice an experiment
+        with dispatch.attention_backend("native"):  # puts back what was there
+            choose(name)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"attention_backend {name!r}: {error}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def takes_attention(pipe: Any) -> bool:
+    """Whether the denoiser can be told how to compute its attention; of older ones some say so and take no notice."""
+    denoiser = getattr(pipe, denoiser_name(pipe.components))
+    processors = (getattr(module, "processor", None) for module in denoiser.modules())
+    return hasattr(denoiser, "set_attention_backend") and any(hasattr(one, "_attention_backend") for one in processors)
+
+
+def size_decoding(pipe: Any, options: Options, pixels: int, count: int) -> None:
+    """Settle what ``auto`` means for decoding a batch.
+
+    Args:
+        pipe: it.
+        options: see there.
+        pixels: of each picture; 0 where nobody knows before.
+        count: pictures in the batch.
+    """
+    for option, name, on in (
+        (options.vae_slicing, "slicing", pixels * count > SLICING_PIXELS),
+        (options.vae_tiling, "tiling", pixels > TILING_PIXELS),
+    ):
+        switch = getattr(getattr(pipe, "vae", None), f"{'enable' if on else 'disable'}_{name}", None)
+        if option == "auto" and switch is not None:
+            switch()
 
 
 def denoiser_name(components: Mapping[str, Any]) -> str:
@@ -264,6 +379,11 @@ def _split_quantization(text: str) -> tuple[str, str]:
     ):
         return backend, kind
     raise ConfigError(
-        f"quantization must be 'torchao:' with one of {', '.join(TORCHAO)}, 'bnb:4bit', 'bnb:8bit' or a mapping for"
-        f" PipelineQuantizationConfig, got {text!r}"
+        f"quantization must be 'auto', 'torchao:' with one of {', '.join(TORCHAO)}, 'bnb:4bit', 'bnb:8bit' or a mapping"
+        f" for PipelineQuantizationConfig, got {text!r}"
     )
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number from {least}, got {value!r}")

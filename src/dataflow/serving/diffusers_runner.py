@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import inspect
 import logging
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from dataflow.errors import (
-    BadOutputError,
     ConfigError,
     FatalServingError,
     OutOfMemoryError,
-    RefusedError,
     RetryError,
     ServingError,
 )
-from dataflow.serving import diffusers_options
-from dataflow.serving.capabilities import NICKNAMES, near
+from dataflow.serving import accelerators, diffusers_options
+from dataflow.serving.capabilities import NICKNAMES, Capabilities, Size, near
+from dataflow.serving.diffusers_call import warm_up_arguments
 from dataflow.serving.diffusers_options import Options, import_library
+from dataflow.serving.diffusers_pictures import Pending, collect
 from dataflow.serving.model_files import ModelFiles
+from dataflow.serving.prompt_embeddings import ParkedEncoders, PromptCache
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ class Recipe:
 
     Attributes:
         folder: of the pipeline, complete.
-        pipeline: class name in diffusers.
+        capabilities: of the pipeline's class.
         components: class names of the folder's parts, by part.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: ``auto``, ``bf16``, ``fp16``, ``fp32``.
@@ -52,12 +51,11 @@ class Recipe:
         lora: adapters with their scales.
         cache_dir: the Hub's cache, for adapters from there.
         options: see there.
-        floats: the class can return pictures as floats.
         strict: deterministic kernels only.
     """
 
     folder: Path
-    pipeline: str
+    capabilities: Capabilities
     components: Mapping[str, str]
     device: str
     dtype: str
@@ -65,48 +63,79 @@ class Recipe:
     lora: Sequence[tuple[ModelFiles, float]]
     cache_dir: str | None
     options: Options
-    floats: bool
     strict: bool
+
+    @property
+    def pipeline(self) -> str:
+        """Class name in diffusers."""
+        return self.capabilities.name
 
 
 class Runner:
-    """A loaded pipeline. Not thread-safe: call it from one thread.
+    """A loaded pipeline. Not thread-safe: call it from one thread; only :meth:`finish` may run in another.
 
     Attributes:
-        provenance: device, dtype, classes and versions, as JSON.
+        device: where it is.
+        prompts: the prompts that were encoded; None where the pipeline sees to it itself.
+        warm_up_seconds: time that went into compiling and warming up, so far.
 
     Raises:
         ConfigError: the pipeline, or a library it needs, cannot be used like this.
         FatalServingError: it does not load.
     """
 
-    provenance: Mapping[str, Any]
-
     def __init__(self, recipe: Recipe) -> None:
         self._torch, self._diffusers = import_library("torch"), import_library("diffusers")
-        self._recipe = recipe
-        self._device = choose_device(self._torch, recipe.device)
-        dtype = choose_dtype(self._torch, recipe.dtype, self._device, recipe.pipeline)
-        log.info("loading %s from %s onto %s as %s", recipe.pipeline, recipe.folder, self._device, dtype)
-        self._pipe: Any = self._guarded(lambda: self._load(dtype), loading=True)
+        self.device = choose_device(self._torch, recipe.device)
+        self._capability = accelerators.compute_capability(self._torch, self.device)
+        self._recipe = recipe = replace(recipe, options=self._settled(recipe.options))
+        dtype = choose_dtype(self._torch, recipe.dtype, self.device, recipe.pipeline)
+        self._threads = self._torch.get_num_threads()
+        if recipe.options.threads is not None:
+            self._torch.set_num_threads(recipe.options.threads)
+        self.prompts: PromptCache | None = None
+        self.warm_up_seconds = 0.0
+        self._warm: set[Hashable] = set()
+        self._attention: list[str] = []
+        self._free_at = 0.0
+        log.info("loading %s from %s onto %s as %s", recipe.pipeline, recipe.folder, self.device, dtype)
+        self.pipe: Any = self._guarded(lambda: self._load(dtype), loading=True)
         self._once = _OncePerMessage()
-        logging.getLogger(type(self._pipe).__module__).addFilter(self._once)
-        self._restore = _be_deterministic(self._torch) if recipe.strict else None
-        self.provenance = {
-            "device": _device_name(self._torch, self._device),
+        logging.getLogger(type(self.pipe).__module__).addFilter(self._once)
+        self._restore = accelerators.be_deterministic(self._torch) if recipe.strict else None
+        self._facts = {
+            "device": _device_name(self._torch, self.device),
             "dtype": str(dtype).removeprefix("torch."),
             "pipeline": recipe.pipeline,
-            "scheduler": type(getattr(self._pipe, "scheduler", None)).__name__,
+            "scheduler": type(getattr(self.pipe, "scheduler", None)).__name__,
             "torch": self._torch.__version__,
             "diffusers": self._diffusers.__version__,
         }
 
-    def run(self, seeds: Sequence[int], arguments: Mapping[str, Any]) -> list[Image.Image | ServingError]:
-        """Call the pipeline once; one picture, or what is wrong with it, per seed.
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Device, dtype, classes and versions, and what ``auto`` came to, as JSON."""
+        options = self._recipe.options
+        chosen = {
+            "attention": self._attention[0] if self._attention else None,
+            "compile": "regional" if options.compile is True else options.compile or None,
+            "quantization": str(options.quantization) if options.quantization else None,
+        }
+        return {**self._facts, **{name: value for name, value in chosen.items() if value}}
+
+    def run(
+        self, seeds: Sequence[int], arguments: Mapping[str, Any], *, shape: Hashable = None, size: Size | None = None
+    ) -> tuple[Pending, float]:
+        """Call the pipeline once.
 
         Args:
             seeds: one per image, each for a generator of its own.
             arguments: the pipeline's call arguments.
+            shape: equal for calls whose tensors have equal shapes; a compiled pipeline is warmed up once for each.
+            size: of the pictures, where it is known before.
+
+        Returns:
+            The pictures, for :meth:`finish`, and when the call began.
 
         Raises:
             OutOfMemoryError: the batch did not fit; the device's cache is emptied.
@@ -114,39 +143,111 @@ class Runner:
             RetryError: the pipeline failed otherwise; its words are in the message.
             BadOutputError: the pipeline did not answer with one picture per seed.
         """
-        # on the CPU, because its numbers are the same on every machine
-        generators = [self._torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        output = self._guarded(
-            lambda: self._pipe(
-                **arguments,
-                generator=generators if len(seeds) > 1 else generators[0],
-                output_type="np" if self._recipe.floats else "pil",
-            )
+        diffusers_options.size_decoding(self.pipe, self._recipe.options, size[0] * size[1] if size else 0, len(seeds))
+        if self._recipe.options.compile and shape not in self._warm:
+            self._warm_up(seeds, arguments, size)
+            self._warm.add(shape)
+        started = time.perf_counter()
+        output = self._guarded(lambda: self._call(seeds, arguments))
+        return self._guarded(lambda: collect(output, len(seeds), self._recipe.pipeline)), started
+
+    def finish(self, pending: Pending, started: float) -> tuple[list[Any], float]:
+        """Wait for the pictures of a call, and how long the device was at work on them, in seconds.
+
+        Calls must be finished in the order in which they were made.
+
+        Raises:
+            FatalServingError: the device is broken.
+        """
+        ended = self._guarded(pending.wait)
+        seconds = ended - max(started, self._free_at)
+        self._free_at = ended
+        return pending.results(), seconds
+
+    def _call(self, seeds: Sequence[int], arguments: Mapping[str, Any]) -> Any:
+        while True:
+            # on the CPU, because its numbers are the same on every machine
+            generators = [self._torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            try:
+                output = self.pipe(
+                    **arguments,
+                    generator=generators if len(seeds) > 1 else generators[0],
+                    output_type="pt" if self._recipe.capabilities.floats else "pil",
+                )
+                del self._attention[1:]  # it works: what fails later has another reason
+                return output
+            except Exception as error:
+                if len(self._attention) < 2 or isinstance(
+                    _translated(self._torch, error, self._recipe, loading=False), OutOfMemoryError | FatalServingError
+                ):
+                    raise
+                failed = self._attention.pop(0)
+                log.warning(
+                    "attention %s does not work with %s (%s: %s): using %s",
+                    *(failed, self._recipe.pipeline, type(error).__name__, str(error)[:300], self._attention[0]),
+                )
+            diffusers_options.set_attention(self.pipe, self._attention[0])
+
+    def drop(self, seeds: Sequence[int], arguments: Mapping[str, Any]) -> None:
+        """Call the pipeline, wait, and drop the pictures. Raises as :meth:`run` does."""
+        self._guarded(lambda: collect(self._call(seeds, arguments), len(seeds), self._recipe.pipeline).wait())
+
+    @contextlib.contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """With torch's own attention, whichever was chosen, for as long as this lasts."""
+        if self._attention:
+            diffusers_options.set_attention(self.pipe, "native")
+        try:
+            yield
+        finally:
+            if self._attention:
+                diffusers_options.set_attention(self.pipe, self._attention[0])
+
+    def _warm_up(self, seeds: Sequence[int], arguments: Mapping[str, Any], size: Size | None) -> None:
+        """Have everything compiled that a call of this shape needs, in as few steps as there may be."""
+        started = time.perf_counter()
+        self.drop(seeds, warm_up_arguments(arguments))
+        seconds = time.perf_counter() - started
+        self.warm_up_seconds += seconds
+        log.info(
+            "compiled and warmed up for %s × %d in %.1f s, which no image's time holds",
+            *("the model's own size" if size is None else f"{size[0]}×{size[1]}", len(seeds), seconds),
         )
-        pictures = next(
-            (found for name in ("images", "image") if (found := getattr(output, name, None)) is not None), None
-        )
-        if pictures is None or len(pictures) != len(seeds):
-            found = "nothing" if pictures is None else str(len(pictures))
-            raise BadOutputError(f"{self._recipe.pipeline} was asked for {len(seeds)} images and returned {found}")
-        flags = getattr(output, "nsfw_content_detected", None)
-        refused = flags if isinstance(flags, Sequence) and len(flags) == len(seeds) else [False] * len(seeds)
-        return [
-            RefusedError("the model's safety checker found the image unsafe") if flag else _checked(picture)
-            for picture, flag in zip(pictures, refused, strict=True)
-        ]
 
     def close(self) -> None:
         """Free the weights."""
-        logging.getLogger(type(self._pipe).__module__).removeFilter(self._once)
+        logging.getLogger(type(self.pipe).__module__).removeFilter(self._once)
         if self._restore is not None:
             self._restore()
         if self._recipe.options.offload:
-            self._pipe.remove_all_hooks()
-        self._pipe = None
+            self.pipe.remove_all_hooks()
+        self.pipe = self.prompts = None
+        if self._recipe.options.threads is not None:
+            self._torch.set_num_threads(self._threads)
         if self._recipe.options.compile:
             self._torch.compiler.reset()
         self._empty_cache()
+
+    def _settled(self, options: Options) -> Options:
+        """The options with ``quantization="auto"`` settled, which is where it pays: eight-bit floats, compiled."""
+        if options.quantization != "auto":
+            return options
+        if not accelerators.has_fp8(self._capability):
+            log.warning(
+                "quantization='auto': none, the weights stay as they are: eight-bit floats need torchao and a GPU that"
+                " multiplies them (Ada, Hopper and later)"
+            )
+            return replace(options, quantization=None)
+        if not options.compile:
+            log.warning(
+                "quantization='auto': none, the weights stay as they are: without compile eight-bit floats are slower"
+            )
+            return replace(options, quantization=None)
+        log.warning(
+            "quantization='auto': %s, about a third faster; the pictures differ in detail from those in full precision",
+            diffusers_options.FASTEST_FP8,
+        )
+        return replace(options, quantization=diffusers_options.FASTEST_FP8)
 
     def _load(self, dtype: Any) -> Any:
         recipe = self._recipe
@@ -161,10 +262,49 @@ class Runner:
         with _no_bars():
             pipe = pipeline_type(recipe.pipeline).from_pretrained(str(recipe.folder), **arguments)
             self._load_adapters(pipe)
-        diffusers_options.place(pipe, recipe.options, self._device)
-        diffusers_options.apply(pipe, recipe.options)
+        self._cache_prompts(pipe)
+        diffusers_options.place(pipe, recipe.options, self.device)
+        diffusers_options.apply(pipe, recipe.options, fixed_shapes=recipe.capabilities.fixed_text)
+        self._choose_attention(pipe)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def _cache_prompts(self, pipe: Any) -> None:
+        options, layout = self._recipe.options, self._recipe.capabilities.encoding
+        away = options.text_encoders == "offload"
+        if away and self.device == "cpu":
+            raise ConfigError("text_encoders='offload' moves them between an accelerator and the CPU; there is none")
+        if away and not (layout and options.prompt_cache_mb):
+            needs = "prompt_cache_mb above 0" if layout else "a family whose prompts can be encoded apart"
+            raise ConfigError(f"text_encoders='offload' needs {needs}: {self._recipe.pipeline}; offload='model' works")
+        if not layout or not options.prompt_cache_mb:
+            return
+        more = {"encoders": ParkedEncoders(pipe, self.device).on_device} if away else {}
+        limit = options.prompt_cache_mb * 1024 * 1024
+        self.prompts = PromptCache(pipe.encode_prompt, layout, limit=limit, device=self.device, **more)
+        pipe.encode_prompt = self.prompts
+
+    def _choose_attention(self, pipe: Any) -> None:
+        wanted = self._recipe.options.attention_backend
+        if wanted is None:
+            return
+        if wanted != "auto":
+            diffusers_options.set_attention(pipe, wanted)
+            self._attention = [wanted]
+            return
+        if not diffusers_options.takes_attention(pipe):
+            log.info("attention_backend='auto': %s has its own", self._recipe.pipeline)
+            return
+        names = accelerators.attention_candidates(self._capability)
+        for number, name in enumerate(names):
+            try:
+                diffusers_options.set_attention(pipe, name)
+            except ConfigError as error:
+                log.warning("%s", error)
+                continue
+            self._attention = list(names[number:])
+            log.info("attention: %s", name)
+            return
 
     def _load_adapters(self, pipe: Any) -> None:
         if not self._recipe.lora:
@@ -201,9 +341,9 @@ class Runner:
 
     def _empty_cache(self) -> None:
         gc.collect()
-        if self._device.startswith("cuda"):
+        if self.device.startswith("cuda"):
             self._torch.cuda.empty_cache()
-        elif self._device == "mps":
+        elif self.device == "mps":
             self._torch.mps.empty_cache()
 
 
@@ -295,26 +435,6 @@ def _translated(torch: Any, error: Exception, recipe: Recipe, *, loading: bool) 
     return RetryError(f"{recipe.pipeline} failed: {text}", reason="pipeline_error")
 
 
-def _checked(picture: Any) -> Image.Image | BadOutputError:
-    """A picture as Pillow's, or the reason why it is none."""
-    if isinstance(picture, Image.Image):
-        image = picture
-    else:
-        values = np.asarray(picture)
-        if not np.isfinite(values).all():
-            return BadOutputError("the model computed NaN; another dtype (bf16, fp32) may help", reason="nan")
-        pixels = (values * 255).round().astype("uint8")
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    if not any(high for _, high in _extrema(image)):
-        return BadOutputError("the model made a wholly black image", reason="black")
-    return image
-
-
-def _extrema(image: Image.Image) -> list[tuple[float, float]]:
-    found: Any = image.convert("RGB").getextrema()
-    return list(found)
-
-
 def _device_name(torch: Any, device: str) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
 
@@ -331,21 +451,6 @@ def _only_safetensors(folder: Path) -> Path:
     if len(files) != 1:
         raise ConfigError(f"{folder} holds {len(files)} .safetensors files; name the LoRA's file itself")
     return files[0]
-
-
-def _be_deterministic(torch: Any) -> Callable[[], None]:
-    """Choose deterministic kernels where there are any; returns what undoes it."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-
-    def restore() -> None:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = benchmark
-
-    return restore
 
 
 class _no_bars:  # noqa: N801 - reads as a statement

@@ -33,6 +33,8 @@ class ImageProbeServing(ScoringServing):
         concurrency: calls at once, each in a thread; None for as many as there are cores.
     """
 
+    num_cpus = None
+
     def __init__(self, batch_size: int = 16, concurrency: int | None = None) -> None:
         self.batch_size = batch_size
         self.concurrency = concurrency or os.cpu_count() or 1

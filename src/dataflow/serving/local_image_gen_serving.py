@@ -9,18 +9,13 @@ by first block decides for a whole batch, so that neighbours change pixels visib
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import json
 import logging
 import os
-import time
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
-
-from PIL import Image
 
 from dataflow.errors import (
     BadRequestError,
@@ -28,40 +23,20 @@ from dataflow.errors import (
     FatalServingError,
     ImageError,
     MissingExtraError,
-    RetryError,
-    ServingError,
 )
 from dataflow.io import ImageIO
 from dataflow.serving import capabilities as can
 from dataflow.serving import diffusers_runner, model_files
 from dataflow.serving.capabilities import Capabilities
-from dataflow.serving.diffusers_call import Facts, Job, call_arguments, effective, shared_key
-from dataflow.serving.diffusers_options import Options, parse_devices, parse_lora
+from dataflow.serving.diffusers_batches import Batches
+from dataflow.serving.diffusers_call import Facts, effective, shared_key
+from dataflow.serving.diffusers_options import Options, Settings, parse_devices, parse_lora
+from dataflow.serving.diffusers_runner import Recipe, Runner
 from dataflow.serving.model_files import ModelFiles
 from dataflow.serving.transformers_model import gpus_of_copy
 from dataflow.types import GenerationRequest, GenerationResult, ImageStore, Serving, Task
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Settings:
-    """What the constructor was told, checked; all a copy of the serving needs."""
-
-    model: str | None
-    cache_dir: str | None
-    local_dir: str | None
-    revision: str | None
-    variant: str | None
-    local_files_only: bool
-    task: Task
-    pipeline: str | None
-    params: Mapping[str, Any]
-    dtype: str
-    devices: tuple[str, ...]
-    lora: tuple[tuple[str, float], ...]
-    strict: bool
-    options: Options
 
 
 class LocalImageGenServing(Serving):
@@ -90,15 +65,20 @@ class LocalImageGenServing(Serving):
         lora: a .safetensors file, folder or hub id, or a list of those, each alone, as ``"name@0.8"`` or (name, scale).
         determinism: ``batch`` or ``strict``, see the module's text.
         scheduler: class name of a scheduler to put in place of the model's own.
-        compile: ``regional`` (True) compiles the repeated blocks of the denoiser, ``full`` all of it.
-        attention_backend: a name for diffusers' ``set_attention_backend``, such as ``_native_cudnn``.
-        quantization: ``torchao:int8wo`` (int8dq, int4wo, fp8wo, fp8dq), ``bnb:4bit``, ``bnb:8bit``, or a mapping for
-            diffusers' ``PipelineQuantizationConfig``.
+        compile: ``regional`` (True) compiles the repeated blocks of the denoiser, ``full`` all of it. Calls are then
+            filled up to ``batch_size`` with repeats, which are thrown away: another number would be compiled anew.
+        attention_backend: a name for diffusers' ``set_attention_backend``, such as ``_native_cudnn``, or ``auto``: the
+            fastest that is installed for this device.
+        quantization: ``torchao:int8wo`` (int8dq, int4wo, fp8wo, fp8dq), ``bnb:4bit``, ``bnb:8bit``, a mapping for
+            diffusers' ``PipelineQuantizationConfig``, or ``auto``: fp8 where it pays, else none.
         step_cache: ``first_block:0.08`` or ``taylorseer:5``; lossy.
         offload: ``model``, ``sequential`` or ``group``: weights wait on the CPU; slow, for models that do not fit.
-        vae_slicing: decode one image at a time.
-        vae_tiling: decode in tiles, for very large images.
+        vae_slicing: decode one image at a time; ``auto`` does so with large batches.
+        vae_tiling: decode in tiles; ``auto`` does so with large images.
         channels_last: memory format of the convolutions.
+        text_encoders: ``offload`` keeps them in main memory but while prompts are encoded.
+        prompt_cache_mb: megabytes of main memory for embeddings of prompts that may come again; 0 for none.
+        threads: of the CPU, for the whole process while the model is loaded; None for torch's own choice.
         local_files_only: never ask the Hub.
 
     Raises:
@@ -106,6 +86,8 @@ class LocalImageGenServing(Serving):
     """
 
     concurrency = 1
+    ahead = 1
+    num_cpus = None
 
     def __init__(
         self,
@@ -136,9 +118,12 @@ class LocalImageGenServing(Serving):
         quantization: str | Mapping[str, Any] | None = None,
         step_cache: str | None = None,
         offload: Literal["model", "sequential", "group"] | None = None,
-        vae_slicing: bool = False,
-        vae_tiling: bool = False,
+        vae_slicing: bool | Literal["auto"] = "auto",
+        vae_tiling: bool | Literal["auto"] = False,
         channels_last: bool = False,
+        text_encoders: Literal["keep", "offload"] = "keep",
+        prompt_cache_mb: int = 512,
+        threads: int | None = None,
         local_files_only: bool = False,
     ) -> None:
         self.image_io = image_io
@@ -162,7 +147,7 @@ class LocalImageGenServing(Serving):
             json.dumps(params)
         except (BadRequestError, TypeError) as error:
             raise ConfigError(f"pipeline arguments: {error}") from error
-        self._settings = _Settings(
+        self._settings = Settings(
             model=_text(hf_model_name_or_path),
             cache_dir=_text(hf_cache_dir),
             local_dir=_text(hf_local_dir),
@@ -186,6 +171,9 @@ class LocalImageGenServing(Serving):
                 vae_slicing=vae_slicing,
                 vae_tiling=vae_tiling,
                 channels_last=channels_last,
+                text_encoders=text_encoders,
+                prompt_cache_mb=prompt_cache_mb,
+                threads=threads,
             ),
         )
         self.num_gpus = gpus_of_copy(self._settings.devices)
@@ -195,8 +183,7 @@ class LocalImageGenServing(Serving):
         self._known: Facts | None = None
         self._fingerprint: dict[str, Any] | None = None
         self._names: Collection[str] | None = None
-        self._runner: diffusers_runner.Runner | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._batches: Batches | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings alone; a hub model goes pinned to the commit that was found here."""
@@ -365,7 +352,7 @@ class LocalImageGenServing(Serving):
             ConfigError: the model cannot be found, fetched or used like this (``MissingExtraError``: without torch).
             FatalServingError: it does not load.
         """
-        if self._runner is not None:
+        if self._batches is not None:
             return
         facts, settings = self._facts(), self._settings
         try:
@@ -374,9 +361,9 @@ class LocalImageGenServing(Serving):
             raise ConfigError(str(error)) from error
         if self.batch_size > 1 and (settings.options.step_cache or "").startswith("first_block"):
             log.warning("a first-block cache decides for whole batches: images depend on their neighbours")
-        recipe = diffusers_runner.Recipe(
+        recipe = Recipe(
             folder=model_files.fetch(facts.files, facts.index, variant=settings.variant),
-            pipeline=facts.capabilities.name,
+            capabilities=facts.capabilities,
             components=model_files.components(facts.index),
             device=settings.devices[0],
             dtype=settings.dtype,
@@ -384,93 +371,57 @@ class LocalImageGenServing(Serving):
             lora=[(self._adapter(name), scale) for name, scale in settings.lora],
             cache_dir=settings.cache_dir,
             options=settings.options,
-            floats=facts.capabilities.floats,
             strict=settings.strict,
         )
-        self._runner = diffusers_runner.Runner(recipe)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
+        self._batches = Batches(
+            Runner(recipe), facts, settings, most=self.batch_size, reader=self._reader(), check=self.check
+        )
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """One picture, or an error, per request and in its order; the pipeline runs in a thread of its own.
 
-        A request that cannot work, an unreadable input image and an unusable picture are errors of their result alone.
+        Input images are read in a second thread and pictures taken over in a third, so that the device goes on with the
+        next batch meanwhile. A request that cannot work, an unreadable input image and an unusable picture are errors
+        of their result alone.
 
         Raises:
             OutOfMemoryError: a call did not fit; fewer requests may.
             RetryError: the pipeline raised something; ``reason`` is ``pipeline_error``.
             FatalServingError: not set up, or the device is broken.
         """
-        if self._thread is None:
+        if self._batches is None:
             raise FatalServingError("the serving is not set up: call setup() before generate()")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._generate, list(requests))
+        return await self._batches.generate(list(requests))
 
     def cleanup(self) -> None:
-        """Free the weights and the thread. :meth:`setup` may be called again."""
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
+        """Free the weights and the threads. :meth:`setup` may be called again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
-    def _generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        results: dict[int, GenerationResult] = {}
-        calls: dict[Hashable, list[Job]] = {}
-        for place, request in enumerate(requests):
-            try:
-                job = self._job(place, request)
-            except BadRequestError as error:
-                results[place] = GenerationResult(error=error)
-            else:
-                calls.setdefault(job.key, []).append(job)
-        for jobs in calls.values():
-            results.update(zip((job.place for job in jobs), self._call(jobs), strict=True))
-        return [results[place] for place in range(len(requests))]
+    @property
+    def task(self) -> Task:
+        """What it was made for."""
+        return self._settings.task
 
-    def _job(self, place: int, request: GenerationRequest) -> Job:
-        """Read a request's pictures and settle its parameters."""
-        self.check(request)
-        facts = self._facts()
-        capabilities = facts.capabilities
-        params, size, negative = effective(facts.defaults, request)
-        images = []
-        for path in request.images:
-            try:
-                image = self._reader().read(path)
-            except ImageError as error:
-                if error.reason == "unreachable":
-                    raise RetryError(str(error), reason="image_unreachable") from error
-                raise BadRequestError(f"input image {error}", reason="bad_image") from error
-            images.append(image)
-        if not request.images and self._settings.task == "imageedit":
-            raise BadRequestError("the previous turn's image is missing", reason="bad_image")
-        if images and size is None:
-            size = can.edit_size(capabilities, params, images[0].size)
-        wanted = [can.input_size(capabilities, params, image.size, size) for image in images]
-        images = [
-            image if image.size == fit else image.resize(fit, Image.Resampling.LANCZOS)
-            for image, fit in zip(images, wanted, strict=True)
-        ]
-        shared = not self._settings.strict and can.can_share(capabilities, len(images))
-        key = shared_key(params, size, negative, wanted) if shared else place
-        return Job(place=place, request=request, params=params, size=size, negative=negative, images=images, key=key)
+    def short_call(self, request: GenerationRequest) -> tuple[int, int]:
+        """Make a request in as few steps as there may be, and drop the picture.
 
-    def _call(self, jobs: Sequence[Job]) -> list[GenerationResult]:
-        assert self._runner is not None
-        started = time.perf_counter()
-        pictures = self._runner.run(
-            [job.request.seed for job in jobs], call_arguments(self._facts().capabilities, jobs)
-        )
-        seconds = (time.perf_counter() - started) / len(jobs)
-        results = []
-        for picture in pictures:
-            if isinstance(picture, ServingError):
-                results.append(GenerationResult(error=picture, seconds=seconds))
-                continue
-            facts = {"batch_size": len(jobs), "width": picture.width, "height": picture.height}
-            provenance = {**self._runner.provenance, **facts}
-            results.append(GenerationResult(images=(picture,), provenance=provenance, seconds=seconds))
-        return results
+        Returns:
+            How many steps the request has, and how many were made.
+
+        Raises:
+            FatalServingError: not set up.
+            DataflowError: the request cannot be made.
+        """
+        if self._batches is None:
+            raise FatalServingError("the serving is not set up: call setup() before short_call()")
+        return self._batches.short_call(request)
+
+    @property
+    def runner(self) -> Runner | None:
+        """The loaded pipeline, between :meth:`setup` and :meth:`cleanup`."""
+        return self._batches.runner if self._batches else None
 
     def _adapter(self, name: str) -> ModelFiles:
         settings = self._settings

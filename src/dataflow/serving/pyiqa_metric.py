@@ -14,6 +14,7 @@ import numpy as np
 from dataflow.errors import BadRequestError, ConfigError, FatalServingError, OutOfMemoryError, ServingError
 from dataflow.serving.pictures import read_picture
 from dataflow.serving.scoring import Scored, ScoringServing
+from dataflow.serving.transformers_model import gpus_of_copy
 from dataflow.types import GenerationRequest
 
 VERSION = 1
@@ -47,6 +48,7 @@ class PyiqaServing(ScoringServing):
 
     concurrency = 2
     """One picture is decoded while another is measured: pictures have different sizes, so there are no batches."""
+    num_cpus = None
 
     def __init__(
         self, metric_name: str, *, accept_noncommercial_licence: bool = False, device: str | None = None
@@ -59,6 +61,7 @@ class PyiqaServing(ScoringServing):
         self.metric_name = metric_name
         self.accept_noncommercial_licence = True
         self.device = device
+        self.num_gpus = gpus_of_copy(device or "auto")
         self._forget()
 
     def _forget(self) -> None:

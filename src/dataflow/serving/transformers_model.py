@@ -63,6 +63,7 @@ class TransformersServing(Serving):
     :meth:`setup` makes, and :meth:`_forget` says how they begin.
     """
 
+    num_cpus = None
     source: Source
     device: str | tuple[str, ...]
     dtype: Dtype

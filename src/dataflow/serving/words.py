@@ -61,6 +61,8 @@ class AskingServing(Serving):
         self.timeout, self.detached = service.timeout, service.detached
         self.requests_per_minute = service.requests_per_minute
         self.remote, self.reproducible = service.remote, service.reproducible
+        self.num_cpus, self.num_gpus, self.memory_gb = service.num_cpus, service.num_gpus, service.memory_gb
+        self.environment = service.environment
 
     # What a subclass says ------------------------------------------------------------------------------------------
 

@@ -50,11 +50,11 @@ def _teller(args: argparse.Namespace) -> Callable[[str], None]:
 
 
 def _described(summary: PackSummary) -> str:
-    lines = [
-        f"{summary.images:,} images of finished steps = {summary.packed:,} packed now + {summary.before:,} packed before"
-        f" + {summary.differing:,} not as their journal says + {summary.missing:,} missing",
-        f"{human_bytes(summary.bytes)} in {_number(summary.shards, 'shard')}",
-    ]
+    sums = (
+        f"{summary.images:,} images of finished steps = {summary.packed:,} packed now + {summary.before:,} packed"
+        f" before + {summary.differing:,} not as their journal says + {summary.missing:,} missing"
+    )
+    lines = [sums, f"{human_bytes(summary.bytes)} in {_number(summary.shards, 'shard')}"]
     if summary.removed:
         lines.append(f"{_number(summary.removed, 'file')} removed that a pack held already")
     if summary.unfinished:
@@ -65,11 +65,11 @@ def _described(summary: PackSummary) -> str:
 
 
 def _put_back(summary: UnpackSummary) -> str:
-    lines = [
+    sums = (
         f"{summary.images:,} packed images = {summary.unpacked:,} files now + {summary.loose:,} files before"
-        f" + {summary.replaced:,} replaced by newer ones + {summary.damaged:,} damaged",
-        f"{human_bytes(summary.bytes)}; {_number(summary.shards, 'shard')} removed",
-    ]
+        f" + {summary.replaced:,} replaced by newer ones + {summary.damaged:,} damaged"
+    )
+    lines = [sums, f"{human_bytes(summary.bytes)}; {_number(summary.shards, 'shard')} removed"]
     return "\n".join([*lines, *_examples("damaged, and kept with their packs", summary.examples)])
 
 

@@ -64,6 +64,8 @@ class Quiet:
 
     image_io = timeout = requests_per_minute = None
     batch_size = concurrency = 1
+    num_cpus = num_gpus = memory_gb = None
+    environment = ()
     detached = remote = False
     reproducible = True
 

@@ -93,6 +93,8 @@ def checked(place: str) -> str:
             f"{place!r} is no object store whose images can be used: write file:// or one of "
             f"{', '.join(sorted(f'{name}://' for name in _ATOMIC))}"
         )
+    if text.startswith("/", match.end()) and match[1].lower() not in _LOCAL | {"memory"}:
+        raise ConfigError(f"{place!r} names no bucket: write {match[0]}BUCKET/PREFIX")
     if _is_odd(text):
         raise ConfigError(f"{place!r}: an address without spaces, '..' and '::' is needed")
     return text
@@ -107,7 +109,9 @@ def is_allowed(url: str) -> bool:
     """Whether this lies under a store that the user named."""
     places = os.environ.get(ALLOWED, "").split()
     return not _is_odd(url) and any(
-        url.startswith(place if place.endswith("/") else f"{place}/") for place in places if _URL.match(place)
+        url == place or url.startswith(place if place.endswith("/") else f"{place}/")
+        for place in places
+        if _URL.match(place)
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dataflow.errors import BadRequestError, ImageError, InputError
+from dataflow.errors import BadRequestError, ImageError, InputError, RunStoppedError
 from dataflow.io import ImageIO
 from dataflow.picture_files import absolute
 from dataflow.runtime.identity import ID_BYTES, Identifier
@@ -196,6 +196,8 @@ class Planner:
             drafts = self.plan.requests(row)
             identities = self.identifier.identify(drafts)
         except InputError as error:
+            if isinstance(error, ImageError) and error.reason == "unreachable":  # no fault of this row's
+                raise RunStoppedError(f"stopped: {error}; the same command goes on when it does") from error
             reason = failure_reason(row, error)
             where = InputError(
                 error.message if error.path is None else f"{error.path}: {error.message}",

@@ -1,57 +1,12 @@
 """A disk that is full or cannot be written, at every file a run writes; mounts of its own, so it needs root."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from dataflow.errors import DataflowError, InputError, RunStoppedError, StepError
 
 PAGE = 4096  # what every file takes on a tmpfs at least
-
-
-class Disk:
-    """A small file system in memory."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def _mount(self, *arguments):
-        return subprocess.run(["mount", *arguments, str(self.folder)], capture_output=True, text=True, check=False)
-
-    def mount(self, size):
-        self.folder.mkdir()
-        if sys.platform != "linux" or os.geteuid() != 0:
-            pytest.skip("only root may mount a small tmpfs")
-        result = self._mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs")
-        if result.returncode:
-            pytest.skip(f"a small tmpfs cannot be mounted here: {result.stderr.strip()}")
-
-    def resize(self, size):
-        assert self._mount("-o", f"remount,size={size}").returncode == 0
-
-    def read_only(self, yes):
-        assert self._mount("-o", "remount,ro" if yes else "remount,rw").returncode == 0
-
-    def free(self):
-        status = os.statvfs(self.folder)
-        return status.f_bavail * status.f_frsize
-
-    def leave(self, size):
-        """Fill it up to ``size`` free bytes."""
-        (self.folder / "ballast").write_bytes(bytes(self.free() - size))
-
-    def unmount(self):
-        subprocess.run(["umount", str(self.folder)], check=True)
-
-
-@pytest.fixture
-def disk(tmp_path):
-    disk = Disk(tmp_path / "disk")
-    disk.mount(4 << 20)
-    yield disk
-    disk.unmount()
 
 
 def no_stubs(site):

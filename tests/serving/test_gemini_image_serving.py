@@ -449,7 +449,7 @@ def peak(entries):
 
 @pytest.mark.parametrize(("workers", "stream"), [(150, False), (150, True), (3, False)])
 def test_the_limit_of_connections_is_ours(site, workers, stream):
-    site.api.script({"": "slow:1" if workers > 100 else "slow:0.1"})
+    site.api.script({"": "slow:2" if workers > 100 else "slow:0.1"})
     requests = [request(f"thing {number}", number) for number in range(150 if workers > 100 else 12)]
     results = answers(site.serving(max_workers=workers, send_request_stream=stream), *requests)
     assert all(read_mark(*one.images) == expected_mark(of.prompt) for one, of in zip(results, requests, strict=True))

@@ -49,6 +49,17 @@ def test_no_page_or_module_names_a_folder_of_somebodys_machine() -> None:
         assert not re.search(r"/(home|Users|root)/", page.read_text()), page
 
 
+def test_every_test_that_a_page_names_exists() -> None:
+    for page in ("failures.md", "security.md"):
+        file, text = Path(), (ROOT / "docs" / page).read_text()
+        for given, name in re.findall(r"`(tests/[\w/]+\.py)?(?:::)?(test_\w+)?(?:\[[^]]*\])?`", text):
+            if not (given or name):
+                continue
+            file = ROOT / given if given else file
+            assert file.is_file(), f"{page}: {given}"
+            assert not name or re.search(rf"def {name}\(", file.read_text()), f"{page}: {file.name}::{name}"
+
+
 def test_every_page_says_at_its_top_what_it_is_for() -> None:
     made_or_included = {"cli.md", "changelog.md", "benchmarks.md", "architecture.md", "index.md"}
     for page in PAGES:

@@ -169,7 +169,7 @@ def test_12_what_a_filter_dropped_is_not_made_again(job, options):
         storage = FileStorage(str(job.input), str(job.cache))
         made = Text2ImageGenerator(job.serving(), options=run_options).run(storage.step(), "prompt", "images").made
         scored = ImageEvaluator(ImageProbeServing(), options=run_options)
-        scored.run(storage.step(), "images", output_key="probe").made
+        scored.run(storage.step(), "images", output_key="probe")
         rules = ScoreFilter(options=run_options)
         kept = rules.run(storage.step(), input_score_key="probe.brightness", minimum=0.45)
         return made, kept.done, kept.dropped

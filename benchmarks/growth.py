@@ -84,7 +84,7 @@ def measured(rows: int) -> dict[str, float]:
     }
 
 
-def run(most: int = 1_000_000) -> Result:
+def run(most: int = 10_000_000) -> Result:
     found = [measured(10**power) for power in range(3, len(str(most)))]
     return Result(
         question="How do time and memory grow with the rows?",

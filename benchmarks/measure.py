@@ -19,6 +19,7 @@ class Result:
         rows: cells.
         aim: what we want the figure to be.
         notes: how it was measured, and what to keep in mind.
+        plot: the file of a picture of it, beside RESULTS.md.
     """
 
     question: str
@@ -26,6 +27,7 @@ class Result:
     rows: list[list[str]]
     aim: str = ""
     notes: list[str] = field(default_factory=list)
+    plot: str = ""
 
     def markdown(self) -> str:
         lines = [f"## {self.question}", ""]
@@ -33,7 +35,8 @@ class Result:
             lines += [f"Aim: {self.aim}.", ""]
         lines += ["| " + " | ".join(self.columns) + " |", "|" + " --- |" * len(self.columns)]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
-        lines += ["", *(f"- {note}" for note in self.notes)]
+        lines += ["", *([f"![{self.question}]({self.plot})", ""] if self.plot else [])]
+        lines += [f"- {note}" for note in self.notes]
         return "\n".join(lines).rstrip() + "\n"
 
 
